@@ -1,0 +1,196 @@
+"""Reading ``kv.safetensors`` without trusting it, and without torch.
+
+The file is an ordinary safetensors file. Tensors: ``token_ids`` (int32, [tokens]) and one
+``layers.NNN`` a layer, [2, kv_heads, tokens, head_dim], keys then values, so that a layer is one
+contiguous block. The metadata is the fingerprint (see ``fingerprint``).
+
+Why a header reader of our own: the blocks are read by ``preadv`` straight into the buffers that the
+model attends to, which needs their offsets, and the file is somebody else's: it may lie, and it may
+be cut short while it is read. Used by the runtime and by the filesystem's check; any thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import xxhash
+
+from memfs.cube.fingerprint import CHECKSUMS, FORMAT, require_fields
+from memfs.errors import KVCorrupt
+
+TOKEN_IDS = "token_ids"
+MAX_HEADER = 1 << 20
+"""A header of 200 layers takes under 40 kB; a longer one than this is refused unread."""
+BLOCK = 1 << 20
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def layer_name(index: int) -> str:
+    """Tensor name of a layer."""
+    return f"layers.{index:03d}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor is: ``offset`` and ``nbytes`` in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the fingerprint, the tensors, and their checksums."""
+
+    fingerprint: dict[str, str]
+    tensors: dict[str, Tensor]
+    checksums: dict[str, str]
+    data_offset: int
+
+    @property
+    def tokens(self) -> int:
+        """Rows in the cache."""
+        return self.tensors[TOKEN_IDS].shape[0]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.nbytes for name, t in self.tensors.items() if name != TOKEN_IDS)
+
+
+def read_header(fd: int) -> Header:
+    """The header of the open file, with everything in it checked against itself and the file's size.
+
+    Raises:
+        KVCorrupt: naming what is wrong. Nothing beyond the header is read.
+    """
+    size = os.fstat(fd).st_size
+    start = os.pread(fd, 8, 0)
+    if len(start) < 8:
+        raise KVCorrupt(f"the file is {size} bytes long")
+    (length,) = struct.unpack("<Q", start)
+    if length > MAX_HEADER:
+        raise KVCorrupt(f"its header says it is {length} bytes long; at most {MAX_HEADER}")
+    text = os.pread(fd, length, 8)
+    if len(text) < length:
+        raise KVCorrupt("it ends within the header")
+    try:
+        raw = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as e:
+        raise KVCorrupt(f"its header is not JSON ({e})") from e
+    if not isinstance(raw, dict):
+        raise KVCorrupt("its header is not a JSON object")
+    fingerprint = raw.pop("__metadata__", None)
+    if not isinstance(fingerprint, dict) or not all(
+        isinstance(v, str) for v in fingerprint.values()
+    ):
+        raise KVCorrupt("its header has no metadata of strings")
+    require_fields(fingerprint)
+    if fingerprint["format"] != FORMAT:
+        raise KVCorrupt(f"format is {fingerprint['format'][:40]!r}, not {FORMAT!r}")
+    tensors = _tensors(raw, data_offset=8 + length, size=size)
+    _check_shapes(fingerprint, tensors)
+    return Header(fingerprint, tensors, _checksums(fingerprint, tensors), 8 + length)
+
+
+def check_tensors(fd: int, header: Header) -> None:
+    """Reads every tensor and raises KVCorrupt naming the first whose bytes do not match."""
+    buffer = bytearray(BLOCK)
+    for name, tensor in header.tensors.items():
+        digest, done = xxhash.xxh3_64(), 0
+        while done < tensor.nbytes:
+            view = memoryview(buffer)[: min(BLOCK, tensor.nbytes - done)]
+            count = os.preadv(fd, [view], tensor.offset + done)
+            if count == 0:
+                raise KVCorrupt(f"it ends within {name}")
+            digest.update(view[:count])
+            done += count
+        require_checksum(header, name, digest.hexdigest())
+
+
+def require_checksum(header: Header, name: str, found: str) -> None:
+    """Raises KVCorrupt where the bytes read for ``name`` hash to something else than it says."""
+    if header.checksums[name] != found:
+        raise KVCorrupt(f"the bytes of {name} do not match their checksum")
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return found
+
+
+def _tensors(raw: Mapping[str, object], *, data_offset: int, size: int) -> dict[str, Tensor]:
+    """The tensors of the header: known dtypes, honest sizes, no gap, no overlap, all in the file."""
+    found: dict[str, Tensor] = {}
+    for name, entry in raw.items():
+        if not isinstance(entry, dict):
+            raise KVCorrupt(f"{name[:40]} is not described by an object")
+        dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if dtype not in ITEM_BYTES:
+            raise KVCorrupt(f"dtype of {name[:40]} is {str(dtype)[:20]!r}")
+        if not _naturals(shape) or not _naturals(span) or len(span) != 2:
+            raise KVCorrupt(f"shape or data_offsets of {name[:40]} are not natural numbers")
+        nbytes = ITEM_BYTES[dtype]
+        for extent in shape:
+            nbytes *= extent
+        if span[1] - span[0] != nbytes:
+            raise KVCorrupt(f"data_offsets of {name[:40]} do not span its shape")
+        found[name] = Tensor(dtype, tuple(shape), data_offset + span[0], nbytes)
+    end = data_offset
+    for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
+        if tensor.offset != end:
+            raise KVCorrupt(f"data_offsets of {name[:40]} leave a gap or overlap")
+        end += tensor.nbytes
+    if end != size:
+        raise KVCorrupt(f"the file is {size} bytes long, its tensors end at {end}")
+    return found
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+
+
+def _check_shapes(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Every tensor has the dtype and shape that the fingerprint says."""
+    numbers = {}
+    for name in ("layers", "kv_heads", "head_dim", "token_count", "base_position"):
+        text = fingerprint[name]
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise KVCorrupt(f"{name} is {text[:40]!r}")
+        numbers[name] = int(text)
+    tokens, layers = numbers["token_count"], numbers["layers"]
+    dtype = DTYPES.get(fingerprint["dtype"])
+    if dtype is None:
+        raise KVCorrupt(f"dtype is {fingerprint['dtype'][:40]!r}")
+    if len(tensors) != layers + 1:
+        raise KVCorrupt(f"layers is {layers}, tensors are {len(tensors)}")
+    shape = (2, numbers["kv_heads"], tokens, numbers["head_dim"])
+    expected = {TOKEN_IDS: ("I32", (tokens,))}
+    expected |= {layer_name(i): (dtype, shape) for i in range(layers)}
+    for name, (kind, extents) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise KVCorrupt(f"it has no tensor {name}")
+        if (tensor.dtype, tensor.shape) != (kind, extents):
+            raise KVCorrupt(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(extents)}"
+            )
+
+
+def _checksums(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    try:
+        found = json.loads(fingerprint[CHECKSUMS])
+    except (ValueError, RecursionError) as e:
+        raise KVCorrupt(f"{CHECKSUMS} is not JSON") from e
+    if not isinstance(found, dict) or found.keys() != tensors.keys():
+        raise KVCorrupt(f"{CHECKSUMS} does not name the tensors there are")
+    return {name: str(value) for name, value in found.items()}

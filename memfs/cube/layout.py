@@ -1,0 +1,73 @@
+"""The names in a MemCube and what a path means by its last parts. Used by every other package.
+
+Paths are relative to the store's root, without a leading slash, ``""`` being the root. They are
+``str`` decoded with ``surrogateescape``, so names that are not UTF-8 survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+PAYLOAD = "payload.md"
+KV = "kv.safetensors"
+ADAPTER = "adapter"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+META = "meta.json"
+REJECTED = "meta.json.rejected"
+"""Where the text of a refused meta.json is kept, beside the one that stands."""
+CONTROL = ".memfs"
+"""At the store's root: memfs's own directory on disk; through a mount, the control tree."""
+
+_MARKS = frozenset({PAYLOAD, KV, ADAPTER, META})
+
+
+class Role(Enum):
+    """What a file is to memfs, told by its name alone."""
+
+    PAYLOAD = "payload"
+    KV = "kv"
+    ADAPTER_WEIGHTS = "adapter"
+    META = "meta"
+    CONTROL = "control"
+    OTHER = "other"
+
+
+def split(path: str) -> tuple[str, str]:
+    """``path`` as (parent, name); the parent of a top-level name is ``""``."""
+    parent, _, name = path.rpartition("/")
+    return parent, name
+
+
+def join(parent: str, name: str) -> str:
+    """``parent/name`` without a leading slash."""
+    return f"{parent}/{name}" if parent else name
+
+
+def is_cube(names: Iterable[str]) -> bool:
+    """Whether a directory with these entries is a MemCube rather than a collection."""
+    return not _MARKS.isdisjoint(names)
+
+
+def classify(path: str) -> tuple[Role, str]:
+    """The role of ``path`` and the cube directory it belongs to (``""`` where it has none).
+
+    A mark at the store's root makes no cube: the root is always a collection.
+    """
+    if path == CONTROL or path.startswith(CONTROL + "/"):
+        return Role.CONTROL, ""
+    parent, name = split(path)
+    if not parent:
+        return Role.OTHER, ""
+    if name == PAYLOAD:
+        return Role.PAYLOAD, parent
+    if name == KV:
+        return Role.KV, parent
+    if name == META:
+        return Role.META, parent
+    if name == ADAPTER_WEIGHTS:
+        cube, holder = split(parent)
+        if holder == ADAPTER and cube:
+            return Role.ADAPTER_WEIGHTS, cube
+    return Role.OTHER, ""

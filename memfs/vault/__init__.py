@@ -1,0 +1,1 @@
+"""The store on disk (MemVault): opening by directory descriptor, publishing whole, watching."""
