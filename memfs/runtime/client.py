@@ -1,0 +1,148 @@
+"""Talking to a runtime, and starting one. No torch here: every process imports this.
+
+A ``RuntimeClient`` is one connection and belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from memfs.config import Config
+from memfs.errors import InvalidRequest, RuntimeUnavailable, from_wire
+from memfs.runtime.protocol import MAX_LINE, decode, encode, socket_path
+
+START_SECONDS = 10.0
+"""How long a new daemon may take to answer its socket. It binds that before it loads anything."""
+
+
+class RuntimeClient:
+    """A connection to a runtime."""
+
+    def __init__(self, path: Path) -> None:
+        """Connects. Raises RuntimeUnavailable where nobody listens, or we may not talk to them."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.connect(os.fspath(path))
+        except OSError as e:
+            self._socket.close()
+            raise RuntimeUnavailable(f"{path}: {e.strerror}") from e
+        self._pending = b""
+
+    def call(self, op: str, *, timeout: float | None = None, **args: object) -> dict[str, Any]:
+        """The final answer to a request; events on the way are dropped.
+
+        Raises the MemfsError that the runtime answered with; RuntimeUnavailable where the
+        connection ends, or no line comes within ``timeout`` seconds.
+        """
+        final: dict[str, Any] = {}
+        for message in self.stream(op, timeout=timeout, **args):
+            final = message
+        return final
+
+    def stream(
+        self, op: str, *, timeout: float | None = None, **args: object
+    ) -> Iterator[dict[str, Any]]:
+        """The events of a request as they come; the last item is its final answer."""
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.sendall(encode({"op": op, **args}))
+            while True:
+                message = decode(self._line())
+                if "error" in message:
+                    raise from_wire(message["error"])
+                if "ok" in message:
+                    yield dict(message["ok"]) if isinstance(message["ok"], dict) else {}
+                    return
+                yield message
+        except (OSError, InvalidRequest) as e:
+            self.close()
+            raise RuntimeUnavailable(f"the connection ended ({e})") from e
+
+    def close(self) -> None:
+        """Ends the connection, and with it what it has asked for."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that is reading
+        except OSError:
+            pass  # the other end was gone first
+        self._socket.close()
+
+    def __enter__(self) -> RuntimeClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _line(self) -> bytes:
+        while b"\n" not in self._pending:
+            chunk = self._socket.recv(1 << 16)
+            if not chunk:
+                raise ConnectionError("the runtime closed it")
+            self._pending += chunk
+            if len(self._pending) > MAX_LINE:
+                raise ConnectionError("a line is too long")
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+
+def connect(config: Config, *, start: bool) -> RuntimeClient:
+    """A connection to the runtime of this configuration's model.
+
+    With ``start`` a daemon is started where none answers; its model may still be loading when this
+    returns. Raises RuntimeUnavailable.
+    """
+    path = socket_path(config)
+    try:
+        return RuntimeClient(path)
+    except RuntimeUnavailable:
+        if not start:
+            raise
+    with (path.parent / f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two starters: the second finds the first one's daemon
+        try:
+            return RuntimeClient(path)
+        except RuntimeUnavailable:
+            return _start(config, path)
+
+
+def log_path(config: Config) -> Path:
+    """Where the daemon of this configuration's model writes what it has to say."""
+    return socket_path(config).with_suffix(".log")
+
+
+def _start(config: Config, path: Path) -> RuntimeClient:
+    command = [sys.executable, "-m", "memfs.runtime.daemon", "--socket", os.fspath(path)]
+    for name in ("model", "device", "dtype", "threads", "budget_bytes"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    with log_path(config).open("ab") as log:
+        daemon = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,  # it outlives the command that happened to start it
+            close_fds=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            return RuntimeClient(path)
+        except RuntimeUnavailable:
+            if daemon.poll() is not None:
+                break
+            time.sleep(0.02)
+    raise RuntimeUnavailable(f"the runtime did not start; see {log_path(config)}")

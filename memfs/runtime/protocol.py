@@ -1,0 +1,62 @@
+"""How clients and the runtime talk: JSON lines over a Unix stream socket. No torch here.
+
+A request is one line, ``{"op": NAME, ...}``. The answer is any number of ``{"event": ...}`` lines,
+then one last line: ``{"ok": {...}}`` or ``{"error": {type, detail, message}}``. The next request may
+follow on the same connection. Closing it cancels what it asked for. Who asks is told by the kernel
+(``SO_PEERCRED``), never by the request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import struct
+from pathlib import Path
+
+from memfs.config import DEFAULT_MODEL, Config, runtime_dir
+from memfs.errors import InvalidRequest
+
+MAX_LINE = 8 << 20
+"""Bytes of one line; a longer one ends the connection."""
+
+
+def model_key(config: Config) -> str:
+    """A short name for a model as it is to be served: the spec, and device and dtype where chosen."""
+    spec = config.model
+    if spec != DEFAULT_MODEL and os.path.exists(spec):
+        spec = os.path.realpath(spec)
+    chosen = [part for part in (config.device, config.dtype) if part != "auto"]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(spec).name)[:40].strip("-.") or "model"
+    digest = hashlib.sha256("\0".join([spec, *chosen]).encode()).hexdigest()[:8]
+    return "-".join([readable, *[re.sub(r"\W+", "", c) for c in chosen], digest])
+
+
+def socket_path(config: Config) -> Path:
+    """The socket of the runtime that serves this configuration's model. It need not exist."""
+    return runtime_dir() / f"runtime-{model_key(config)}.sock"
+
+
+def encode(message: dict[str, object]) -> bytes:
+    """A message as a line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, object]:
+    """The message in a line. Raises InvalidRequest where it is not a JSON object."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise InvalidRequest(f"a line is not JSON ({e})") from e
+    if not isinstance(message, dict):
+        raise InvalidRequest("a line is not a JSON object")
+    return message
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process at the other end, as the kernel knows it."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, gid = struct.unpack("3i", raw)
+    return pid, uid, gid
