@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from memfs.errors import InvalidConfig
 
@@ -66,9 +67,13 @@ class Config:
         for name in values:
             if name not in known:
                 raise InvalidConfig(f"{source}: unknown key {name!r}; known: {sorted(known)}")
-        values |= {n: environ[f"MEMFS_{n.upper()}"] for n in known if f"MEMFS_{n.upper()}" in environ}
+        variables = {n: f"MEMFS_{n.upper()}" for n in known}
+        values |= {n: environ[v] for n, v in variables.items() if v in environ}
         values |= {n: v for n, v in overrides.items() if v is not None}
-        return cls(**{n: _convert(n, v, type(getattr(cls, n))) for n, v in values.items()})
+        converted: dict[str, Any] = {
+            n: _convert(n, v, type(getattr(cls, n))) for n, v in values.items()
+        }
+        return cls(**converted)
 
 
 def _convert(name: str, value: object, kind: type) -> object:

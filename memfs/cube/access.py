@@ -34,7 +34,7 @@ class Caller:
 
 
 def allowed(caller: Caller, found: os.stat_result, rights: int) -> bool:
-    """Whether the mode bits of ``found`` give ``caller`` all of ``rights`` (READ, WRITE, SEARCH)."""
+    """Whether the mode bits of ``found`` give ``caller`` all ``rights`` (READ, WRITE, SEARCH)."""
     if caller.uid == 0:
         return not rights & SEARCH or stat.S_ISDIR(found.st_mode) or bool(found.st_mode & 0o111)
     if caller.uid == found.st_uid:

@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import xxhash
 
@@ -66,7 +67,7 @@ class Header:
 
 
 def read_header(fd: int) -> Header:
-    """The header of the open file, with everything in it checked against itself and the file's size.
+    """The header of the open file, all of it checked against itself and against the file's size.
 
     Raises:
         KVCorrupt: naming what is wrong. Nothing beyond the header is read.
@@ -129,7 +130,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _tensors(raw: Mapping[str, object], *, data_offset: int, size: int) -> dict[str, Tensor]:
-    """The tensors of the header: known dtypes, honest sizes, no gap, no overlap, all in the file."""
+    """The tensors of the header: known dtypes, honest sizes, no gap or overlap, all in the file."""
     found: dict[str, Tensor] = {}
     for name, entry in raw.items():
         if not isinstance(entry, dict):
@@ -155,7 +156,7 @@ def _tensors(raw: Mapping[str, object], *, data_offset: int, size: int) -> dict[
     return found
 
 
-def _naturals(value: object) -> bool:
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
 
 
@@ -174,7 +175,7 @@ def _check_shapes(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor])
     if len(tensors) != layers + 1:
         raise KVCorrupt(f"layers is {layers}, tensors are {len(tensors)}")
     shape = (2, numbers["kv_heads"], tokens, numbers["head_dim"])
-    expected = {TOKEN_IDS: ("I32", (tokens,))}
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {TOKEN_IDS: ("I32", (tokens,))}
     expected |= {layer_name(i): (dtype, shape) for i in range(layers)}
     for name, (kind, extents) in expected.items():
         tensor = tensors.get(name)

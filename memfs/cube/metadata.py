@@ -82,7 +82,7 @@ def new(*, title: str | None = None, copied_from: str | None = None) -> Meta:
 
 
 def parse(text: bytes) -> Meta:
-    """The header in ``text``. Raises InvalidMetadata, naming the field, where it breaks the schema."""
+    """The header in ``text``. Raises InvalidMetadata, naming the field that breaks the schema."""
     if len(text) > MAX_BYTES:
         raise InvalidMetadata(f"{len(text)} bytes; at most {MAX_BYTES}")
     try:
