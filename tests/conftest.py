@@ -1,0 +1,100 @@
+"""What all tests share: an environment of their own, and models to run on.
+
+The configuration and the runtime directory are the test session's own; the cache is the user's, so
+that the default model is fetched and converted once and not once a session.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# One thread a process, before torch is first imported: tests start several processes, and two that
+# compute at once on the same cores are many times slower than one after the other.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MEMFS_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Sockets, mount records and configuration of this session alone.
+
+    The runtime directory has a short name of its own: a socket's path may have 107 bytes.
+    """
+    runtime = tempfile.mkdtemp(prefix="memfs-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", runtime)
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        for name in list(os.environ):
+            if name.startswith("MEMFS_") and name != "MEMFS_THREADS":
+                patch.delenv(name)
+        yield
+    shutil.rmtree(runtime, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """The default model, as a user gets it."""
+    from memfs.config import Config
+    from memfs.runtime import model_store
+
+    return model_store.resolve("default", Config(), print)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights and the default model's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_sizes(default_model_dir, layers=2, heads=4, kv_heads=2, head_dim=16))
+    return _saved(LlamaForCausalLM, config, default_model_dir, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_dir(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of three layers: norms on queries and keys, heads wider than hidden / heads."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**_sizes(default_model_dir, layers=3, heads=6, kv_heads=3, head_dim=32))
+    return _saved(Qwen3ForCausalLM, config, default_model_dir, tmp_path_factory.mktemp("qwen"))
+
+
+def _sizes(tokenizer_from: Path, *, layers: int, heads: int, kv_heads: int, head_dim: int) -> dict:
+    from transformers import AutoConfig
+
+    whole = AutoConfig.from_pretrained(tokenizer_from)
+    return {
+        "vocab_size": whole.vocab_size,
+        "bos_token_id": whole.bos_token_id,
+        "eos_token_id": whole.eos_token_id,
+        "pad_token_id": whole.pad_token_id,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        # Wide enough that two greedy tokens are never a rounding error apart.
+        "initializer_range": 0.2,
+    }
+
+
+def _saved(model_class: type, config: object, tokenizer_from: Path, directory: Path) -> Path:
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(directory)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer_from / name, directory)
+    return directory
