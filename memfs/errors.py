@@ -87,6 +87,10 @@ class KVStale(Refused):
     """the KV cache was made from another text"""
 
 
+class AdapterCorrupt(Refused):
+    """the adapter is damaged"""
+
+
 class TooLong(Refused):
     """the text does not fit the model's context"""
 

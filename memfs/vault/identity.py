@@ -1,0 +1,95 @@
+"""Identity: every cube of a store has an id of its own, kept through rename and copy.
+
+``adopt`` gives a cube without meta.json its first one, and a copy made inside the store an id of its
+own. Callers call it when a payload was closed, at a rescan, and after a settled change beside the
+mount: never because a meta.json is gone, which is what ``rm -r`` looks like halfway. Any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from memfs.cube import layout, metadata
+from memfs.errors import InvalidMetadata, NotAllowed
+from memfs.vault.facts import CubeFacts, with_meta
+from memfs.vault.publish import publish_bytes
+from memfs.vault.sig import sig_of
+from memfs.vault.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def adopt(
+    store: Store, path: str, facts: CubeFacts, lookup: Callable[[str], str | None]
+) -> CubeFacts:
+    """``facts`` with an identity that no other living cube of the store has.
+
+    Writes meta.json where that takes it. An invalid meta.json is left as it is, and so is one with an
+    id that is new in this store: a cube from another machine keeps its identity.
+
+    Args:
+        lookup: the path that is known under an id, or None.
+
+    Where meta.json cannot be written (a read-only store, a full disk) nothing is, and a copy has no
+    id until it can be.
+    """
+    if facts.meta_reason is not None:
+        return facts
+    taken = facts.id is not None and _is_elsewhere(store, path, facts.id, lookup)
+    if facts.meta_sig is None:
+        meta = _first_header(path)
+        if facts.id is not None and not taken:
+            meta["descriptive"]["id"] = facts.id
+    elif taken:
+        try:
+            meta = metadata.as_copy(read_meta(store, path))
+        except (OSError, InvalidMetadata, NotAllowed):
+            return facts  # it changed under us: the next look sees it
+    else:
+        return facts
+    try:
+        status = publish_bytes(
+            store, layout.join(path, layout.META), metadata.render(meta), like=_holder(store, path)
+        )
+    except OSError as e:
+        log.warning("%s: cannot write its meta.json: %s", path, e.strerror)
+        return replace(facts, id=None) if taken else facts
+    return with_meta(facts, meta, sig_of(status))
+
+
+def read_meta(store: Store, path: str) -> metadata.Meta:
+    """The header of the cube at ``path`` as it is on disk.
+
+    Raises InvalidMetadata, NotAllowed (it is no regular file) or OSError.
+    """
+    return metadata.parse(store.read(layout.join(path, layout.META), metadata.MAX_BYTES))
+
+
+def _is_elsewhere(
+    store: Store, path: str, cube_id: str, lookup: Callable[[str], str | None]
+) -> bool:
+    """Whether another living cube has this id: it is known there, and is there still."""
+    other = lookup(cube_id)
+    if other is None or other == path:
+        return False
+    try:
+        return metadata.cube_id(read_meta(store, other)) == cube_id
+    except (OSError, InvalidMetadata, NotAllowed):
+        return False
+
+
+def _first_header(path: str) -> metadata.Meta:
+    _, name = layout.split(path)
+    readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return metadata.new(title=readable)
+
+
+def _holder(store: Store, path: str) -> os.stat_result:
+    """The file whose owner, group and mode the new meta.json takes."""
+    try:
+        return store.stat(layout.join(path, layout.PAYLOAD))
+    except FileNotFoundError:
+        return store.stat(path)

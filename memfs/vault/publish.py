@@ -1,0 +1,129 @@
+"""Publishing: a file appears whole or not at all, whenever the machine stops.
+
+Written to a temporary name in the same directory, flushed to the disk, renamed over the old file,
+and the directory flushed. A published file is always a new inode: what others have open or mapped
+is never changed under them. Used by everything that writes into a store; any thread, any process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+
+from memfs.cube import layout
+from memfs.errors import NotAllowed
+from memfs.vault.store import Store
+
+TEMPORARY = ".memfs-tmp-"
+"""Start of the temporary names. They are never indexed, and never part of a cube."""
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name says that it is being published."""
+    return name.startswith(TEMPORARY)
+
+
+@contextlib.contextmanager
+def publishing(
+    store: Store, path: str, *, like: os.stat_result | None = None
+) -> Iterator[tuple[int, str]]:
+    """Gives ``(descriptor, a path that opens the same file)`` to write; published at the end.
+
+    Args:
+        like: owner, group and mode (its read and write bits) of the new file; without it they are
+            what the kernel gives any new file.
+
+    The file is left out and removed where the body raises.
+    """
+    parent, name = layout.split(path)
+    directory = store.open_dir(parent)
+    temporary = TEMPORARY + secrets.token_hex(8)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(temporary, flags, 0o600 if like else 0o666, dir_fd=directory)
+        try:
+            # Says that it is alive to remove_leftover, which may run in any process.
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield fd, f"/proc/self/fd/{fd}"
+            if like is not None:
+                _make_like(fd, like)
+            os.fsync(fd)
+            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+            raise
+        finally:
+            os.close(fd)
+        _sync_directory(directory)
+    finally:
+        os.close(directory)
+
+
+def publish_bytes(
+    store: Store, path: str, data: bytes, *, like: os.stat_result | None = None
+) -> os.stat_result:
+    """Publishes ``data`` at ``path``; the status of the new file."""
+    with publishing(store, path, like=like) as (fd, _):
+        left = memoryview(data)
+        while left:
+            left = left[os.write(fd, left) :]
+        kept = os.dup(fd)
+    try:
+        return os.fstat(kept)
+    finally:
+        os.close(kept)
+
+
+def remove_leftover(store: Store, path: str, before: float) -> bool:
+    """Removes a temporary file that a crash left; whether it did.
+
+    Args:
+        before: seconds since 1970; a younger file is left alone, as is one being written.
+    """
+    try:
+        fd = store.open_regular(path)
+    except (OSError, NotAllowed):
+        return False
+    try:
+        if os.fstat(fd).st_mtime >= before:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        parent, name = layout.split(path)
+        directory = store.open_dir(parent)
+        try:
+            os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(directory)
+    except OSError:  # being written, gone already, or on a store that we may not write
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _make_like(fd: int, like: os.stat_result) -> None:
+    """Owner, group and mode; rights that the wanted group had go to no other group."""
+    mode = like.st_mode & 0o666
+    found = os.fstat(fd)
+    if (found.st_uid, found.st_gid) != (like.st_uid, like.st_gid):
+        try:
+            os.fchown(fd, like.st_uid, like.st_gid)
+        except PermissionError:
+            try:
+                os.fchown(fd, -1, like.st_gid)
+            except PermissionError:
+                mode &= 0o606
+    os.fchmod(fd, mode)
+
+
+def _sync_directory(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # a filesystem that has nothing to flush for a directory
+            raise
