@@ -119,13 +119,20 @@ _NO_ADAPTER: dict[str, Any] = {n: _DEFAULTS[n] for n in _NAMES if n.startswith("
 
 
 def inspect(
-    store: Store, path: str, previous: CubeFacts | None, model: Mapping[str, str] | None
+    store: Store,
+    path: str,
+    previous: CubeFacts | None,
+    model: Mapping[str, str] | None,
+    *,
+    check_kv: bool = True,
 ) -> CubeFacts | None:
     """The facts of the cube at ``path``; None where there is no cube.
 
     Args:
         previous: what was known of it; files whose Sig is the same are not read again.
         model: the resident model's part of the fingerprint; None where no model is known.
+        check_kv: without it a KV cache that changed is ``unchecked`` until the next look: its bytes
+            may be gigabytes, and a caller that somebody waits for has no time to read them.
     """
     if not path:
         return None  # the root is a collection, whatever is in it
@@ -142,7 +149,7 @@ def inspect(
             return None
         facts = _read_meta(directory, marks[layout.META], previous or CubeFacts())
         facts = _read_payload(directory, marks[layout.PAYLOAD], facts)
-        facts = _read_kv(directory, marks[layout.KV], facts)
+        facts = _read_kv(directory, marks[layout.KV], facts, check=check_kv)
         facts = _read_adapter(directory, marks[layout.ADAPTER], facts)
         holder = marks[layout.PAYLOAD] or os.fstat(directory)
     finally:
@@ -277,7 +284,9 @@ def _read_payload(directory: int, found: os.stat_result | None, facts: CubeFacts
     )
 
 
-def _read_kv(directory: int, found: os.stat_result | None, facts: CubeFacts) -> CubeFacts:
+def _read_kv(
+    directory: int, found: os.stat_result | None, facts: CubeFacts, *, check: bool
+) -> CubeFacts:
     if _unchanged(facts.kv_sig, found):
         return facts
     facts = replace(facts, **_NO_KV)
@@ -285,6 +294,8 @@ def _read_kv(directory: int, found: os.stat_result | None, facts: CubeFacts) -> 
         return facts
     sig = sig_of(found)
     facts = replace(facts, kv_state="unchecked", kv_bytes=sig.size, kv_sig=sig)
+    if not check:
+        return replace(facts, kv_sig=_unread(sig))
     try:
         fd = open_regular_at(directory, layout.KV)
         try:
