@@ -4,17 +4,19 @@ The file is an ordinary safetensors file. Tensors: ``token_ids`` (int32, [tokens
 ``layers.NNN`` a layer, [2, kv_heads, tokens, head_dim], keys then values, so that a layer is one
 contiguous block. The metadata is the fingerprint (see ``fingerprint``).
 
-Why a header reader of our own: the blocks are read by ``preadv`` straight into the buffers that the
-model attends to, which needs their offsets, and the file is somebody else's: it may lie, and it may
-be cut short while it is read. Used by the runtime and by the filesystem's check; any thread.
+Why a reader and a writer of the header of our own: the blocks are read by ``preadv`` straight into
+the buffers that the model attends to, which needs their offsets; the file is somebody else's, may
+lie, and may be cut short while it is read; and it is written layer by layer, without a second copy
+of the whole cache in memory. Used by the runtime and by the filesystem's check; any thread.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -99,6 +101,29 @@ def read_header(fd: int) -> Header:
     tensors = _tensors(raw, data_offset=8 + length, size=size)
     _check_shapes(fingerprint, tensors)
     return Header(fingerprint, tensors, _checksums(fingerprint, tensors), 8 + length)
+
+
+def header_bytes(
+    fingerprint: Mapping[str, str], shapes: Mapping[str, tuple[str, Sequence[int]]]
+) -> bytes:
+    """The beginning of a file whose tensors follow in the order of ``shapes``, without a gap.
+
+    Args:
+        shapes: tensor name to (dtype as safetensors names it, shape).
+    """
+    entries: dict[str, object] = {"__metadata__": dict(fingerprint)}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [end, end + nbytes],
+        }
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data to 8 bytes
+    return struct.pack("<Q", len(text)) + text
 
 
 def check_tensors(fd: int, header: Header) -> None:

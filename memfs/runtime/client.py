@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,8 +126,9 @@ def log_path(config: Config) -> Path:
 
 def _start(config: Config, path: Path) -> RuntimeClient:
     command = [sys.executable, "-m", "memfs.runtime.daemon", "--socket", os.fspath(path)]
-    for name in ("model", "device", "dtype", "threads", "budget_bytes"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    model = os.path.realpath(config.model) if os.path.exists(config.model) else config.model
+    command += ["--model", model, "--device", config.device, "--dtype", config.dtype]
+    command += ["--threads", str(config.threads), "--budget-bytes", str(config.budget_bytes)]
     with log_path(config).open("ab") as log:
         daemon = subprocess.Popen(
             command,
@@ -137,6 +139,7 @@ def _start(config: Config, path: Path) -> RuntimeClient:
             start_new_session=True,  # it outlives the command that happened to start it
             close_fds=True,
         )
+    threading.Thread(target=daemon.wait, daemon=True).start()  # so that it never stays a zombie
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:

@@ -1,9 +1,9 @@
 """How clients and the runtime talk: JSON lines over a Unix stream socket. No torch here.
 
 A request is one line, ``{"op": NAME, ...}``. The answer is any number of ``{"event": ...}`` lines,
-then one last line: ``{"ok": {...}}`` or ``{"error": {type, detail, message}}``. The next request may
-follow on the same connection. Closing it cancels what it asked for. Who asks is told by the kernel
-(``SO_PEERCRED``), never by the request.
+then one last line: ``{"ok": {...}}`` or ``{"error": {type, detail, message}}``. The next request
+may follow on the same connection. Closing it cancels what it asked for. Who asks is told by the
+kernel (``SO_PEERCRED``), never by the request.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from memfs.config import DEFAULT_MODEL, Config, runtime_dir
@@ -24,7 +25,7 @@ MAX_LINE = 8 << 20
 
 
 def model_key(config: Config) -> str:
-    """A short name for a model as it is to be served: the spec, and device and dtype where chosen."""
+    """A short name for a model as it is served: the spec, and device and dtype where chosen."""
     spec = config.model
     if spec != DEFAULT_MODEL and os.path.exists(spec):
         spec = os.path.realpath(spec)
@@ -39,7 +40,7 @@ def socket_path(config: Config) -> Path:
     return runtime_dir() / f"runtime-{model_key(config)}.sock"
 
 
-def encode(message: dict[str, object]) -> bytes:
+def encode(message: Mapping[str, object]) -> bytes:
     """A message as a line."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 

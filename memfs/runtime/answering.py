@@ -1,0 +1,181 @@
+"""Answering a question from memories: as KV caches where they are mounted, as text where not.
+
+``answer`` is a job of the model's thread: it yields the pieces of the answer as they come, the
+first with the time to first token, and returns the report that ``memfs ask --json`` prints.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from memfs.errors import TooLong
+from memfs.runtime.composition import place
+from memfs.runtime.kv_cache import KVCache
+from memfs.runtime.resident import Resident
+
+Steps = Generator[dict[str, Any], None, "Answer"]
+
+
+@dataclass
+class Part:
+    """One memory of a question."""
+
+    path: str
+    store: str
+    text: str | None
+    """To be prefilled; None where there is a cache."""
+    cache: KVCache | None
+    """[preamble | this cube]; it is only read."""
+    why: str | None = None
+    """Why it is text, where a KV cache was wanted."""
+    tokens: int = 0
+
+    @property
+    def how(self) -> str:
+        """``kv`` or ``text``."""
+        return "kv" if self.cache is not None else "text"
+
+
+@dataclass
+class Question:
+    """What is to be answered."""
+
+    text: str
+    parts: list[Part]
+    limit: int
+    """Tokens of the answer, at most."""
+    asked_at: float
+    """``time.perf_counter()`` when the request came in: where the time to first token starts."""
+    drop_oldest: bool = False
+    """Whether memories that do not fit the context are left out, the oldest first."""
+    lone: KVCache | None = None
+    """The cache of the only part, to be answered in: nobody else is writing into its room."""
+    placed: KVCache | None = None
+    """All parts as they were placed for an earlier question: likewise."""
+
+
+@dataclass
+class Answer:
+    """A report, and what is worth keeping."""
+
+    report: dict[str, Any]
+    placed: KVCache | None = field(default=None)
+    """The parts placed one after another, where that was done for this question."""
+
+
+def answer(resident: Resident, question: Question) -> Steps:
+    """Answers. Raises TooLong where memory, question and answer do not fit the context."""
+    parts, ids = _fitting(resident, question)
+    cache, cached, made = yield from _memory(resident, question, parts, len(ids))
+    logits = yield from _quietly(resident.engine.prefill(cache, ids, logits=True))
+    assert logits is not None
+    prompt_tokens = cache.length
+    limit = min(question.limit, resident.context - prompt_tokens, cache.room + 1)
+    decoded = yield from _decode(resident, cache, logits, limit, question.asked_at)
+    report = {
+        **decoded,
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": cached,
+        "cubes": [
+            {"path": p.path, "store": p.store, "how": p.how, "why": p.why, "tokens": p.tokens}
+            for p in question.parts
+        ],
+    }
+    return Answer(report, made)
+
+
+def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[int]]:
+    """The parts that go into the context, and the ids of the question."""
+    ids = resident.prompt.question(question.text, bare=not question.parts)
+    base = resident.base if question.parts else 0
+    for part in question.parts:
+        if part.cache is not None:
+            part.tokens = part.cache.length - resident.base
+        else:
+            part.tokens = len(resident.prompt.memory(part.text or ""))
+    parts = list(question.parts)
+    room = resident.context - base - len(ids) - 1
+    while sum(part.tokens for part in parts) > room:
+        if not question.drop_oldest or not parts:
+            total = base + sum(part.tokens for part in parts) + len(ids)
+            raise TooLong(f"{total} tokens with the question, of {resident.context}")
+        left = parts.pop(0)
+        left.cache, left.why = None, "left out: the mounted memories are longer than the context"
+        left.tokens = 0
+    return parts, ids
+
+
+def _memory(
+    resident: Resident, question: Question, parts: list[Part], asked: int
+) -> Generator[dict[str, Any], None, tuple[KVCache, int, KVCache | None]]:
+    """A cache of the parts, how many of its rows came from KV, and it again if worth keeping."""
+    needed = asked + question.limit
+    whole = question.placed if len(parts) > 1 else question.lone
+    if whole is not None and parts == question.parts:
+        enough = whole.room >= needed
+        cache = whole.borrowed() if enough else whole.resized(whole.length + needed)
+        return cache, cache.length, None
+    rows = sum(part.tokens for part in parts)
+    cache = resident.engine.new_cache(resident.base + rows + needed)
+    if not parts:
+        return cache, 0, None
+    cache.append(resident.preamble)
+    cached = resident.base
+    for part in parts:
+        if part.cache is not None:
+            if resident.inv_freq is None:
+                cache.append(part.cache, resident.base)
+            else:
+                place(cache, part.cache, resident.base, resident.inv_freq)
+            cached += part.tokens
+        else:
+            ids = resident.prompt.memory(part.text or "")
+            yield from _quietly(resident.engine.prefill(cache, ids))
+    keep = len(parts) > 1 and all(part.cache is not None for part in parts)
+    return cache, cached, cache.borrowed() if keep else None
+
+
+def _decode(
+    resident: Resident, cache: KVCache, logits: torch.Tensor, limit: int, asked_at: float
+) -> Generator[dict[str, Any], None, dict[str, Any]]:
+    """Yields the answer's text piece by piece; returns what was measured."""
+    tokenizer = resident.prompt.tokenizer.backend_tokenizer
+    pieces = DecodeStream(skip_special_tokens=True)
+    text, count, began, ttft = "", 0, time.perf_counter(), None
+    for token in resident.engine.decode(cache, logits, resident.stop, limit):
+        if ttft is None:
+            began = time.perf_counter()
+            ttft = began - asked_at
+            yield {"event": "first", "ttft_s": ttft}
+        count += 1
+        piece = pieces.step(tokenizer, token) or ""
+        text += piece
+        yield {"event": "text", "text": piece}
+    now = time.perf_counter()
+    return {
+        "answer": text,
+        "ttft_s": now - asked_at if ttft is None else ttft,
+        "tokens": count,
+        "tokens_per_s": (count - 1) / (now - began) if count > 1 else None,
+        "total_s": now - asked_at,
+        "stopped": "length" if count >= limit else "end",
+    }
+
+
+def _quietly(
+    steps: Generator[Any, None, torch.Tensor | None],
+) -> Generator[dict[str, Any], None, torch.Tensor | None]:
+    """Runs a prefill, giving the thread back after each chunk, without its progress."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            found: torch.Tensor | None = stop.value
+            return found
+        yield {"event": "step"}

@@ -1,0 +1,95 @@
+"""Several memories in one cache: placing rows at other positions than they were made at.
+
+A cube's rows are made behind the preamble, at ``base``. To stand behind other cubes its keys are
+rotated by the distance moved, in float32, always from the stored original; its values stay as they
+are (rotation over a shared preamble; compare EPIC, arXiv:2410.15332, and CacheBlend,
+arXiv:2405.16444). Runs in the model's thread.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from memfs.runtime.kv_cache import KVCache, KVShape
+
+PROBE_DISTANCE = 1021
+"""How far ``unplaceable`` moves its probe: long, and no multiple of a period."""
+
+
+def place(cache: KVCache, memory: KVCache, base: int, inv_freq: torch.Tensor) -> None:
+    """Copies the rows of ``memory`` from ``base`` on behind those in ``cache``, keys rotated.
+
+    Args:
+        memory: [preamble | one cube]; it is only read.
+        inv_freq: the model's inverse frequencies, float32 [rotary_dim / 2].
+    """
+    distance = cache.length - base
+    start = cache.length
+    cache.append(memory, base)
+    if distance == 0:
+        return
+    for mine, theirs in zip(cache.layers, memory.layers, strict=True):
+        mine[0, :, start : cache.length] = rotated(
+            theirs[0, :, base : memory.length], distance, inv_freq
+        )
+
+
+def rotated(keys: torch.Tensor, distance: int, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Keys [..., head_dim] moved by ``distance`` positions (rotary embedding in halves).
+
+    A model whose attention scales cos and sin keeps that scale: it is in the keys already.
+    """
+    half = inv_freq.shape[0]
+    angle = distance * inv_freq.to(torch.float64)  # float32 loses the angle at long distances
+    cos, sin = angle.cos().float(), angle.sin().float()
+    moved = keys.float()
+    first, second = moved[..., :half], moved[..., half : 2 * half]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned, moved[..., 2 * half :]), dim=-1).to(keys.dtype)
+
+
+def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor | None:
+    """The frequencies the model really uses, float32; None where it has no rotary embedding."""
+    found = getattr(getattr(model.base_model, "rotary_emb", None), "inv_freq", None)
+    return found.detach().float() if isinstance(found, torch.Tensor) else None
+
+
+def unplaceable(model: PreTrainedModel, shape: KVShape, layer_types: list[str]) -> str | None:
+    """Why this model's rows cannot be placed elsewhere; None where they can.
+
+    The configuration tells most; the rest is tried. A lone token attends to itself alone, so its
+    keys depend on its position only, in every layer: those made far away must be those made at 0,
+    rotated. That finds layers without rotary embedding, interleaved pairs, and what is to come.
+    """
+    if any(kind != "full_attention" for kind in layer_types):
+        return "it has sliding-window layers"
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kind = str(rope.get("rope_type", "default"))
+    if "dynamic" in kind or kind == "longrope":
+        return f"its rotary embedding ({kind}) depends on the length"
+    inv_freq = inverse_frequencies(model)
+    if inv_freq is None:
+        return "it has no rotary embedding"
+    if 2 * inv_freq.shape[0] > shape.head_dim:
+        return "its rotary embedding is wider than its heads"
+    near, far = (_lone_token_keys(model, shape, at) for at in (0, PROBE_DISTANCE))
+    tolerance = 0.02 if shape.dtype == torch.float32 else 0.06
+    for layer, (here, there) in enumerate(zip(near, far, strict=True)):
+        moved = rotated(here, PROBE_DISTANCE, inv_freq).float()
+        if (moved - there.float()).norm() > tolerance * there.float().norm():
+            return f"the keys of layer {layer} do not follow its rotary embedding"
+    return None
+
+
+def _lone_token_keys(model: PreTrainedModel, shape: KVShape, position: int) -> list[torch.Tensor]:
+    """The keys of one token at ``position``, [kv_heads, 1, head_dim] a layer."""
+    cache = KVCache(shape, 1)
+    with torch.inference_mode():
+        model.base_model(
+            input_ids=torch.tensor([[7]], device=shape.device),
+            position_ids=torch.tensor([[position]], device=shape.device),
+            past_key_values=cache.for_model(),
+            use_cache=True,
+        )
+    return [layer[0] for layer in cache.layers]

@@ -1,0 +1,161 @@
+"""``kv.safetensors`` to KV cache and back: checked in full on the way in, published whole.
+
+Reading goes layer by layer from the file straight into the buffers the model attends to, and each
+layer is hashed while it is still in the processor's cache; on an accelerator through one pair of
+pinned buffers, one being read while the other is copied. The file is never mapped: one that is cut
+short while it is read is then an error, not a bus error. Used by the service, in its I/O threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import xxhash
+
+from memfs.cube.fingerprint import CHECKSUMS, require_model, require_text
+from memfs.cube.kvfile import (
+    DTYPES,
+    TOKEN_IDS,
+    Header,
+    header_bytes,
+    layer_name,
+    read_header,
+    require_checksum,
+)
+from memfs.errors import KVCorrupt
+from memfs.runtime.kv_cache import KVCache
+from memfs.runtime.resident import Resident, ids_digest
+
+ROOM = 512
+"""Rows of room behind a mounted memory, for a question and its answer."""
+
+
+def read(
+    fd: int, resident: Resident, payload_sha256: str | None, *, room: int = ROOM
+) -> tuple[KVCache, list[int]]:
+    """The KV cache in an open file, [preamble | cube], and the cube's token ids.
+
+    Args:
+        payload_sha256: of the text it must have been made from; None accepts any.
+
+    Raises:
+        KVCorrupt, KVForeign, KVStale: naming the first field or tensor that is not right.
+    """
+    header = fit(fd, resident.fingerprint, payload_sha256)
+    ids = _token_ids(fd, header)
+    cache = resident.engine.new_cache(resident.base + header.tokens + room)
+    cache.append(resident.preamble)
+    if resident.shape.device.type == "cuda":
+        _read_through_pinned(fd, header, cache)
+    else:
+        for index, layer in enumerate(cache.layers):
+            rows = layer[:, :, cache.length : cache.length + header.tokens]
+            _read_tensor(fd, header, layer_name(index), [part for kv in rows for part in kv])
+    cache.length += header.tokens
+    return cache, ids
+
+
+def fit(fd: int, model: Mapping[str, str], payload_sha256: str | None) -> Header:
+    """The header of a file whose fingerprint fits this model and text; its data is not read.
+
+    Raises:
+        KVCorrupt, KVForeign, KVStale: naming the first field that is not right.
+    """
+    header = read_header(fd)
+    require_model(header.fingerprint, model)
+    if payload_sha256 is not None:
+        require_text(header.fingerprint, payload_sha256)
+    return header
+
+
+def write(
+    fd: int, cache: KVCache, resident: Resident, ids: Sequence[int], payload_sha256: str
+) -> int:
+    """Writes the cube's rows of ``cache`` to an empty file; gives its size in bytes.
+
+    Args:
+        cache: [preamble | cube], the cube's rows being those of ``ids``.
+    """
+    rows = slice(resident.base, resident.base + len(ids))
+    dtype = DTYPES[resident.fingerprint["dtype"]]
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        yield TOKEN_IDS, torch.tensor(ids, dtype=torch.int32)
+        for index, layer in enumerate(cache.layers):
+            yield layer_name(index), layer[:, :, rows].cpu().contiguous()
+
+    shapes: dict[str, tuple[str, Sequence[int]]] = {}
+    checksums = {}
+    for name, tensor in tensors():
+        shapes[name] = ("I32" if name == TOKEN_IDS else dtype, tensor.shape)
+        checksums[name] = xxhash.xxh3_64_hexdigest(_bytes_of(tensor))
+    fingerprint = {
+        **resident.fingerprint,
+        "token_count": str(len(ids)),
+        "token_ids_sha256": ids_digest(list(ids)),
+        "payload_sha256": payload_sha256,
+        CHECKSUMS: json.dumps(checksums),
+    }
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(header_bytes(fingerprint, shapes))
+        for _, tensor in tensors():
+            file.write(_bytes_of(tensor))
+    return os.fstat(fd).st_size
+
+
+def _token_ids(fd: int, header: Header) -> list[int]:
+    ids = torch.empty(header.tokens, dtype=torch.int32)
+    _read_tensor(fd, header, TOKEN_IDS, [ids])
+    found: list[int] = ids.tolist()
+    if ids_digest(found) != header.fingerprint["token_ids_sha256"]:
+        raise KVCorrupt("token_ids do not match token_ids_sha256")
+    return found
+
+
+def _read_tensor(fd: int, header: Header, name: str, parts: Sequence[torch.Tensor]) -> None:
+    """Reads a tensor into ``parts``, contiguous pieces of it in order, and checks its checksum."""
+    views = [_bytes_of(part) for part in parts]
+    _read_exactly(fd, views, header.tensors[name].offset, name)
+    digest = xxhash.xxh3_64()
+    for view in views:
+        digest.update(view)
+    require_checksum(header, name, digest.hexdigest())
+
+
+def _read_through_pinned(fd: int, header: Header, cache: KVCache) -> None:
+    """Fills the layers of a cache on an accelerator, reading one while the other is copied."""
+    shape = cache.shape
+    size = (2, shape.kv_heads, header.tokens, shape.head_dim)
+    staged = [torch.empty(size, dtype=shape.dtype, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in staged]
+    stream = torch.cuda.Stream(shape.device)
+    for index, layer in enumerate(cache.layers):
+        buffer, done = staged[index % 2], copied[index % 2]
+        done.synchronize()
+        _read_tensor(fd, header, layer_name(index), [buffer])
+        with torch.cuda.stream(stream):
+            rows = slice(cache.length, cache.length + header.tokens)
+            layer[:, :, rows].copy_(buffer, non_blocking=True)
+            done.record(stream)
+    stream.synchronize()
+
+
+def _read_exactly(fd: int, views: Sequence[memoryview], offset: int, name: str) -> None:
+    waiting = [view for view in views if len(view)]
+    while waiting:
+        count = os.preadv(fd, waiting, offset)
+        if count == 0:
+            raise KVCorrupt(f"it ends within {name}")
+        offset += count
+        while waiting and count >= len(waiting[0]):
+            count -= len(waiting.pop(0))
+        if count:
+            waiting[0] = waiting[0][count:]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared with it."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,241 @@
+"""What is mounted into the model: resident KV caches, whose sessions they belong to, and pins.
+
+A mounted cube is looked at again before every use: while its payload and its KV file are the very
+files they were, the resident rows are used; a file that changed is checked in full again, and what
+no longer fits is unmounted with the reason. Belongs to the service's event loop; reading files goes
+to the I/O threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from memfs.cube import layout, metadata
+from memfs.cube.metadata import rfc3339
+from memfs.errors import InvalidMetadata, MemfsError, NotAllowed, Refused
+from memfs.runtime import kv_store
+from memfs.runtime.cubes import Cube, Signature, Text
+from memfs.runtime.kv_cache import KVCache
+from memfs.runtime.residency import Entry, Residency
+from memfs.runtime.resident import Resident
+
+R = TypeVar("R")
+
+
+@dataclass
+class Memory:
+    """A KV cache in the model: of one cube, or of several placed one after another."""
+
+    cube: Cube | None
+    """None for several."""
+    cache: KVCache
+    payload_sha256: str
+    payload_signature: Signature | None
+    kv_signature: Signature | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds on the device."""
+        return self.cache.nbytes
+
+
+class Mounted:
+    """The mounted set."""
+
+    def __init__(
+        self,
+        resident: Resident,
+        budget_bytes: int,
+        io: Executor,
+        announce: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """``announce`` is told of every change, as the events of the protocol."""
+        self.resident = resident
+        self.residency: Residency[Memory] = Residency(budget_bytes)
+        self.refusals: deque[dict[str, Any]] = deque(maxlen=20)
+        self._sessions: dict[int, dict[str, Cube]] = {}
+        self._io = io
+        self._announce = announce
+        self._loading: dict[str, asyncio.Lock] = {}
+
+    def session(self, uid: int) -> list[Cube]:
+        """The cubes that a user has mounted, in the order of mounting."""
+        return list(self._sessions.get(uid, {}).values())
+
+    async def mount(self, cube: Cube, uid: int, *, pin: bool = False) -> Entry[Memory]:
+        """Puts a cube's KV cache into the model and the user's session.
+
+        Raises what ``load`` raises; what was mounted before stays.
+        """
+        entry = await self.load(cube, uid)
+        entry.pinned = entry.pinned or pin or await self._in_io(_pinned, cube)
+        self.join(cube, uid, entry)
+        return entry
+
+    async def load(self, cube: Cube, uid: int) -> Entry[Memory]:
+        """The resident KV cache of a cube, read and checked in full unless it is there already.
+
+        Raises:
+            NotFound: the cube has no KV cache.
+            KVCorrupt, KVForeign, KVStale, OverBudget: it is refused; by name of what differs.
+        """
+        # Two readers of one cube share one load.
+        async with self._loading.setdefault(cube.key, asyncio.Lock()):
+            entry = self.residency.peek(cube.key)
+            if entry and not await self._in_io(_unchanged, entry.value):
+                self._drop(cube.key, "its files changed")
+                entry = None
+            if entry is None:
+                try:
+                    entry = await self._load(cube)
+                except Refused as e:
+                    self.refuse(cube, uid, e)
+                    raise
+            self.residency.use(cube.key)
+            return entry
+
+    async def _load(self, cube: Cube) -> Entry[Memory]:
+        text: Text = await self._in_io(cube.text)
+        fd, signature = await self._in_io(cube.open_kv)
+        try:
+            header = await self._in_io(kv_store.fit, fd, self.resident.fingerprint, text.sha256)
+            rows = self.resident.base + header.tokens + kv_store.ROOM
+            self._evict_for(rows * self.resident.shape.token_bytes)
+            cache, _ = await self._in_io(kv_store.read, fd, self.resident, text.sha256)
+        finally:
+            os.close(fd)
+        memory = Memory(cube, cache, text.sha256, text.signature, signature)
+        return self.residency.add(cube.key, memory, header.tokens)
+
+    def keep_placed(self, key: str, cache: KVCache) -> None:
+        """Keeps several cubes as they were placed, where there is room, for the next question."""
+        try:
+            self._evict_for(cache.nbytes)
+        except MemfsError:
+            return  # an answer does not fail because its way there cannot be kept
+        memory = Memory(None, cache, key, None, None)
+        self.residency.add(key, memory, cache.length - self.resident.base)
+
+    def join(self, cube: Cube, uid: int, entry: Entry[Memory]) -> None:
+        """Makes a resident cube part of a user's session."""
+        self._sessions.setdefault(uid, {})[cube.key] = cube
+        self.announce("mounted", cube, uid=uid, tokens=entry.tokens, bytes=entry.value.nbytes)
+
+    def unmount(self, cube: Cube, uid: int) -> bool:
+        """Takes a cube out of a user's session, and out of the model if that was the last one."""
+        was_there = self._sessions.get(uid, {}).pop(cube.key, None) is not None
+        if not any(cube.key in session for session in self._sessions.values()):
+            was_there = self._drop(cube.key, "unmounted") or was_there
+        elif was_there:
+            self.announce("unmounted", cube, uid=uid, reason="unmounted")
+        return was_there
+
+    async def recheck(self, cube: Cube) -> None:
+        """Unmounts a cube at once where its text or its KV file is no longer the one mounted.
+
+        It stays in the sessions it is in: their next question is answered from its text.
+        """
+        entry = self.residency.peek(cube.key)
+        if entry and not await self._in_io(_unchanged, entry.value):
+            self._drop(cube.key, "its files changed")
+
+    def moved(self, root: str, old: str, new: str) -> None:
+        """Follows the rename of a cube or of a collection of cubes."""
+        for entry in list(self.residency):
+            cube = entry.value.cube
+            if cube is None or str(cube.store.root) != root:
+                continue
+            if cube.path != old and not cube.path.startswith(old + "/"):
+                continue
+            there = Cube(cube.store, new + cube.path[len(old) :])
+            self.residency.rename(cube.key, there.key)
+            entry.value.cube = there
+            for session in self._sessions.values():
+                if session.pop(cube.key, None):
+                    session[there.key] = there
+
+    def leave(self, cube: Cube, uid: int) -> None:
+        """Takes a cube that is gone from the store out of a user's session."""
+        self._sessions.get(uid, {}).pop(cube.key, None)
+
+    def refuse(self, cube: Cube, uid: int, error: MemfsError) -> None:
+        """Remembers and announces that a cube was refused."""
+        event = {"cube": cube.path, "store": str(cube.store.root), "reason": str(error)}
+        self.refusals.append({**event, "time": rfc3339()})
+        self.announce("refused", cube, uid=uid, reason=str(error))
+
+    def announce(self, event: str, cube: Cube, **facts: object) -> None:
+        """Tells the subscribers of the cube's store."""
+        where = {"store": str(cube.store.root), "path": cube.path}
+        self._announce({"event": event, **where, "kind": "kv", "time": rfc3339(), **facts})
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One line for each memory in the model, for ``status``."""
+        return [self._line(entry) for entry in self.residency]
+
+    def _line(self, entry: Entry[Memory]) -> dict[str, Any]:
+        cube = entry.value.cube
+        return {
+            "cube": cube.path if cube else None,
+            "store": str(cube.store.root) if cube else None,
+            "kind": "kv" if cube else "placed",
+            "tokens": entry.tokens,
+            "bytes": entry.value.nbytes,
+            "tier": "device",
+            "hits": entry.hits,
+            "pinned": entry.pinned,
+            "protected": entry.protected,
+            "sessions": [uid for uid, cubes in self._sessions.items() if entry.key in cubes],
+        }
+
+    def _evict_for(self, nbytes: int) -> None:
+        for entry in self.residency.make_room(nbytes):
+            for session in self._sessions.values():
+                session.pop(entry.key, None)
+            self._announce_gone(entry, "evicted")
+
+    def _drop(self, key: str, reason: str) -> bool:
+        """Takes an entry out of the model."""
+        entry = self.residency.remove(key)
+        if entry is not None:
+            self._announce_gone(entry, reason)
+        return entry is not None
+
+    def _announce_gone(self, entry: Entry[Memory], reason: str) -> None:
+        if entry.value.cube is not None:
+            self.announce("unmounted", entry.value.cube, reason=reason)
+
+    async def _in_io(self, function: Callable[..., R], *args: object) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+
+def _unchanged(memory: Memory) -> bool:
+    """Whether the files of a mounted cube are the ones it was mounted from."""
+    cube = memory.cube
+    if cube is None or cube.signature(cube.kv) != memory.kv_signature:
+        return False
+    if cube.signature(cube.payload) == memory.payload_signature:
+        return True
+    try:
+        text = cube.text()  # touched, or saved again with the same words
+    except MemfsError:
+        return False
+    if text.sha256 != memory.payload_sha256:
+        return False
+    memory.payload_signature = text.signature
+    return True
+
+
+def _pinned(cube: Cube) -> bool:
+    """Whether the cube's meta.json pins it."""
+    try:
+        raw = cube.store.read(layout.join(cube.path, layout.META), metadata.MAX_BYTES)
+        return bool(metadata.parse(raw).get("state", {}).get("pinned"))
+    except (OSError, InvalidMetadata, NotAllowed):
+        return False

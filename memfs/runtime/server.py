@@ -1,0 +1,153 @@
+"""The runtime's socket: lines in, lines out, each request run by the service.
+
+One asyncio task a connection, and one more a request, which is cancelled when the client goes. A
+client that says nothing costs a descriptor and no thread. Runs in the daemon's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+from memfs.cube.access import Caller
+from memfs.errors import InvalidRequest, MemfsError, NotAllowed
+from memfs.runtime.protocol import MAX_LINE, decode, encode, peer_of
+from memfs.runtime.service import Service
+
+log = logging.getLogger("memfs.runtime")
+
+Request = dict[str, Any]
+
+
+class Server:
+    """Serves connections until it is told to stop."""
+
+    def __init__(self, service: Service, own_uid: int) -> None:
+        """``own_uid`` is the user the daemon runs as."""
+        self._service = service
+        self._own_uid = own_uid
+        self.stopped = asyncio.Event()
+
+    async def serve(self, listening: socket.socket) -> None:
+        """Accepts until ``stopped`` is set."""
+        server = await asyncio.start_unix_server(self._connection, sock=listening, limit=MAX_LINE)
+        async with server:
+            await self.stopped.wait()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = peer_of(writer.get_extra_info("socket"))
+        line: asyncio.Task[bytes] = asyncio.create_task(reader.readline())
+        try:
+            while data := await line:
+                line = asyncio.create_task(reader.readline())
+                answering = asyncio.create_task(self._answer(data, peer, writer))
+                await asyncio.wait({answering, line}, return_when=asyncio.FIRST_COMPLETED)
+                if not answering.done() and not _next_line(line):
+                    answering.cancel()  # the client is gone: nobody wants the rest
+                await asyncio.gather(answering, return_exceptions=True)
+        except (ConnectionError, ValueError) as e:  # reset, or a line beyond the limit
+            log.debug("a connection ended: %s", e)
+        except asyncio.CancelledError:
+            pass  # the daemon is going down
+        finally:
+            line.cancel()
+            writer.close()
+
+    async def _answer(
+        self, data: bytes, peer: tuple[int, int, int], writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            request = decode(data)
+            final: dict[str, Any] = {}
+            pending = False
+            async for event in self._run(request, self._caller(request, peer), peer[1]):
+                if pending:
+                    writer.write(encode(final))
+                    await writer.drain()
+                final, pending = event, True
+            reply: dict[str, object] = {"ok": final}
+        except MemfsError as e:
+            reply = {"error": e.to_wire()}
+        except OSError as e:
+            where = f"{e.filename}: " if isinstance(e.filename, str) else ""
+            reply = {"error": MemfsError(f"{where}{e.strerror or e}").to_wire()}
+        except Exception as e:  # one bad request must not end the daemon
+            log.exception("a request failed")
+            reply = {"error": MemfsError(f"{type(e).__name__}: {e}").to_wire()}
+        writer.write(encode(reply))
+        await writer.drain()
+
+    def _caller(self, request: Request, peer: tuple[int, int, int]) -> Caller:
+        """Whose rights count: the peer's; the mount process (root, or the daemon's own user) may
+        say for which user it asks."""
+        _, uid, gid = peer
+        named = request.get("uid"), request.get("gid")
+        if uid in (0, self._own_uid) and all(type(n) is int and n >= 0 for n in named):
+            uid, gid = named  # type: ignore[assignment]
+        return Caller.of(uid, gid)
+
+    async def _run(  # noqa: PLR0912  one branch an operation
+        self, request: Request, caller: Caller, peer_uid: int
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The events of a request; the last is its final answer."""
+        service, op = self._service, request.get("op")
+        if op == "hello":
+            yield service.hello()
+        elif op == "status":
+            yield service.status()
+        elif op == "mount":
+            kind, pin = str(request.get("kind", "kv")), bool(request.get("pin"))
+            yield await service.mount(caller, self._cube(request), kind, pin)
+        elif op == "unmount":
+            cube = self._cube(request) if request.get("path") is not None else None
+            yield await service.unmount(caller, cube)
+        elif op == "changed":
+            yield await service.changed(self._cube(request))
+        elif op == "moved":
+            old, new = self._cube(request, "old"), self._cube(request, "new")
+            yield service.moved(str(old.store.root), old.path, new.path)
+        elif op == "encode":
+            mount, force = bool(request.get("mount")), bool(request.get("force"))
+            async for event in service.encode(
+                caller, self._cube(request), mount=mount, force=force
+            ):
+                yield event
+        elif op == "ask":
+            async for event in self._ask(request, caller):
+                yield event
+        elif op == "subscribe":
+            async for event in service.subscribe(str(request.get("store"))):
+                yield event
+        elif op == "stop":
+            if peer_uid not in (0, self._own_uid):
+                raise NotAllowed("only the daemon's own user may stop it")
+            self.stopped.set()
+            yield {}
+        else:
+            raise InvalidRequest(f"there is no operation {op!r}")
+
+    def _ask(self, request: Request, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+        question, named = request.get("question"), request.get("cubes")
+        limit = request.get("max_tokens", 256)
+        if not isinstance(question, str) or not question.strip():
+            raise InvalidRequest("a question is wanted")
+        if type(limit) is not int:
+            raise InvalidRequest("max_tokens must be a whole number")
+        cubes = None
+        if named is not None:
+            if not isinstance(named, list) or not all(isinstance(c, dict) for c in named):
+                raise InvalidRequest("cubes must be a list of {store, path}")
+            cubes = [self._cube(c) for c in named]
+        kv = request.get("kv") is not False
+        return self._service.ask(caller, cubes, question, kv=kv, limit=limit)
+
+    def _cube(self, request: Request, field: str = "path") -> Any:
+        return self._service.cube(request.get("store"), request.get(field))
+
+
+def _next_line(line: asyncio.Task[bytes]) -> bool:
+    """Whether the client sent another request rather than going away."""
+    return not line.cancelled() and line.exception() is None and bool(line.result())

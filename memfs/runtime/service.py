@@ -1,0 +1,369 @@
+"""What the runtime does for its clients: one method an operation of the protocol.
+
+Everything here runs in the daemon's event loop; the model is used in the worker's thread, files are
+read and written in the I/O threads. The loop itself never blocks, so ``status`` answers while the
+model loads or is busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from memfs.config import Config
+from memfs.cube import layout
+from memfs.cube.access import Caller
+from memfs.cube.kvfile import check_tensors
+from memfs.cube.metadata import rfc3339
+from memfs.errors import InvalidRequest, KVStale, MemfsError, NotFound, Refused
+from memfs.runtime import kv_store
+from memfs.runtime.answering import Answer, Part, Question, answer
+from memfs.runtime.cubes import Cube, Stores, Text
+from memfs.runtime.encoding import Encoded, Encodings, Tell, prefill
+from memfs.runtime.kv_cache import KVCache
+from memfs.runtime.mounted import Memory, Mounted
+from memfs.runtime.residency import Entry
+from memfs.runtime.resident import Resident
+from memfs.runtime.worker import Priority, Worker
+from memfs.vault.publish import publishing
+
+Events = AsyncIterator[dict[str, Any]]
+R = TypeVar("R")
+
+MAX_ANSWER = 4096
+"""Tokens of one answer, whatever a request says."""
+
+
+class Service:
+    """The operations, over one resident model."""
+
+    def __init__(self, config: Config, load: Callable[[], Resident]) -> None:
+        """``load`` makes the resident model; it is called in the worker's thread, by ``start``."""
+        self.config = config
+        self.state = "loading"
+        self.failure: MemfsError | None = None
+        self._load = load
+        self._worker = Worker()
+        self._io = ThreadPoolExecutor(max_workers=4, thread_name_prefix="io")
+        self._stores = Stores()
+        self._encodings = Encodings()
+        self._mounted: Mounted | None = None
+        self._ready = asyncio.Event()
+        self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._started = time.monotonic()
+        self._load_seconds: float | None = None
+
+    async def start(self) -> None:
+        """Loads the model. Does not raise: a model that cannot serve is what clients are told."""
+        try:
+            resident = await self._worker.call(self._load, Priority.ANSWER).done()
+        except MemfsError as e:
+            self.state, self.failure = "failed", e
+        else:
+            budget = self.config.budget_bytes
+            self._mounted = Mounted(resident, budget, self._io, self._publish)
+            self.state = "ready"
+        self._load_seconds = time.monotonic() - self._started
+        self._ready.set()
+        self._publish(self._state_event())
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._worker.close()
+        self._io.shutdown(wait=False, cancel_futures=True)
+
+    # Operations. ``caller`` is who the kernel says it is; the rest is what the request says.
+
+    def hello(self) -> dict[str, Any]:
+        """Whether the model is ready, and what it is."""
+        return {k: v for k, v in self._state_event().items() if k not in ("event", "mounted")}
+
+    def status(self) -> dict[str, Any]:
+        """Everything there is to see, at once, also while the model loads."""
+        mounted = self._mounted
+        resident = mounted.resident if mounted else None
+        return {
+            "pid": os.getpid(),
+            "state": self.state,
+            "error": str(self.failure) if self.failure else None,
+            "model": resident.name if resident else self.config.model,
+            "device": str(resident.shape.device) if resident else None,
+            "dtype": resident.fingerprint["dtype"] if resident else None,
+            "context": resident.context if resident else None,
+            "token_bytes": resident.shape.token_bytes if resident else None,
+            "unplaceable": resident.unplaceable if resident else None,
+            "mounted": mounted.lines() if mounted else [],
+            "refusals": list(mounted.refusals) if mounted else [],
+            "budget_bytes": self.config.budget_bytes,
+            "used_bytes": mounted.residency.used_bytes if mounted else 0,
+            "encoding": len(self._encodings),
+            "uptime_s": time.monotonic() - self._started,
+            "load_s": self._load_seconds,
+        }
+
+    async def mount(self, caller: Caller, cube: Cube, kind: str, pin: bool) -> dict[str, Any]:
+        """Puts a cube's KV cache into the model and the caller's session."""
+        mounted = await self._mounted_set()
+        if kind != "kv":
+            error = Refused(f"{cube.path}: this runtime mounts KV caches, not {kind}s")
+            mounted.refuse(cube, caller.uid, error)
+            raise error
+        await self._in_io(cube.require, caller, layout.KV)
+        await self._in_io(cube.require, caller, layout.PAYLOAD)
+        entry = await mounted.mount(cube, caller.uid, pin=pin)
+        return {"mounted": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
+
+    async def unmount(self, caller: Caller, cube: Cube | None) -> dict[str, Any]:
+        """Takes a cube, or all, out of the caller's session."""
+        mounted = await self._mounted_set()
+        cubes = [cube] if cube else mounted.session(caller.uid)
+        gone = [c.path for c in cubes if mounted.unmount(c, caller.uid)]
+        if cube and not gone:
+            raise NotFound(f"{cube.path} is not mounted in the model")
+        return {"unmounted": gone}
+
+    async def changed(self, cube: Cube) -> dict[str, Any]:
+        """A file of a cube changed: what no longer fits is unmounted at once."""
+        if self._mounted:
+            await self._mounted.recheck(cube)
+        return {}
+
+    def moved(self, root: str, old: str, new: str) -> dict[str, Any]:
+        """A cube, or a collection of them, was renamed."""
+        if self._mounted:
+            self._mounted.moved(root, old, new)
+        return {}
+
+    async def encode(self, caller: Caller, cube: Cube, *, mount: bool, force: bool) -> Events:
+        """Makes ``kv.safetensors`` from the payload; progress, then what was done."""
+        mounted = await self._mounted_set()
+        await self._in_io(cube.require, caller, layout.PAYLOAD)
+        text = await self._in_io(cube.text)
+
+        async def work(tell: Tell) -> dict[str, Any]:
+            return await self._encode(mounted, cube, text, tell, force=force)
+
+        key = f"{cube.key}\0{text.sha256}\0{force}"
+        async for event in self._encodings.run(key, work):
+            if event["event"] == "done" and mount:
+                entry = await mounted.mount(cube, caller.uid)
+                event = {**event, "mounted": entry.tokens}  # noqa: PLW2901  for this listener alone
+            yield event
+
+    async def ask(
+        self, caller: Caller, cubes: list[Cube] | None, question: str, *, kv: bool, limit: int
+    ) -> Events:
+        """Answers from the cubes named, or from the caller's session where none is named."""
+        asked_at = time.perf_counter()
+        mounted = await self._mounted_set()
+        named = mounted.session(caller.uid) if cubes is None else cubes
+        if not 0 < limit <= MAX_ANSWER:
+            raise InvalidRequest(f"an answer has 1 to {MAX_ANSWER} tokens, not {limit}")
+        parts: list[Part] = []
+        entries: list[Entry[Memory]] = []
+        try:
+            for cube in list(named):
+                try:
+                    part, entry = await self._part(mounted, caller, cube, parts, kv=kv)
+                except NotFound:
+                    if cubes is not None:
+                        raise
+                    named.remove(cube)  # it was mounted once, and has been deleted since
+                    mounted.leave(cube, caller.uid)
+                    continue
+                parts.append(part)
+                if entry:
+                    entry.users += 1
+                    entries.append(entry)
+            whole = Question(question, parts, limit, asked_at, drop_oldest=cubes is None)
+            key = self._reuse(mounted, whole, entries)
+            job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
+            try:
+                async for event in job:
+                    if event["event"] != "step":
+                        yield event
+            except BaseException:
+                job.cancel()
+                raise
+            assert job.result is not None
+            self._after(mounted, caller, named, key, job.result)
+            yield job.result.report
+        finally:
+            for entry in entries:
+                entry.users -= 1
+
+    async def subscribe(self, root: str) -> Events:
+        """What happens to the cubes of a store, from now on."""
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._subscribers.add(queue)
+        try:
+            yield self._state_event(root)
+            while True:
+                event = await queue.get()
+                if event["event"] == "state":
+                    yield self._state_event(root)
+                elif event["store"] == root:
+                    yield event
+        finally:
+            self._subscribers.discard(queue)
+
+    def cube(self, root: object, path: object) -> Cube:
+        """The cube that a request names."""
+        if not isinstance(root, str) or not isinstance(path, str):
+            raise InvalidRequest("store and path must be strings")
+        return self._stores.cube(root, path)
+
+    # How they do it.
+
+    async def _mounted_set(self) -> Mounted:
+        """The mounted set, once the model is there. Raises ModelUnusable where it never will be."""
+        await self._ready.wait()
+        if self._mounted is None:
+            raise self.failure or MemfsError("the model did not load")
+        return self._mounted
+
+    async def _part(
+        self, mounted: Mounted, caller: Caller, cube: Cube, before: list[Part], *, kv: bool
+    ) -> tuple[Part, Entry[Memory] | None]:
+        """One memory of a question: its KV cache where that fits, else its text and the reason."""
+        await self._in_io(cube.require, caller, layout.PAYLOAD)
+        why = "not wanted" if not kv else None
+        if kv and before and mounted.resident.unplaceable:
+            why = f"several cubes cannot be placed: {mounted.resident.unplaceable}"
+        root = str(cube.store.root)
+        if why is None:
+            try:
+                await self._in_io(cube.require, caller, layout.KV)
+                entry = await mounted.load(cube, caller.uid)
+                return Part(cube.path, root, None, entry.value.cache), entry
+            except NotFound:
+                why = f"it has no {layout.KV}"
+            except MemfsError as e:
+                why = str(e)
+            except OSError as e:
+                why = f"{layout.KV}: {e.strerror}"
+        text: Text = await self._in_io(cube.text)
+        return Part(cube.path, root, text.text, None, why), None
+
+    def _reuse(
+        self, mounted: Mounted, question: Question, entries: list[Entry[Memory]]
+    ) -> str | None:
+        """Lends the answer a cache to write behind; the key of the cubes placed together."""
+        if not entries or len(entries) != len(question.parts):
+            return None
+        if len(entries) == 1:
+            if entries[0].users == 1:
+                question.lone = entries[0].value.cache
+            return None
+        key = "placed\0" + "\0".join(e.value.payload_sha256 for e in entries)
+        found = mounted.residency.use(key)
+        if found and not found.users:
+            found.users += 1
+            entries.append(found)
+            question.placed = found.value.cache
+        return key
+
+    def _after(
+        self, mounted: Mounted, caller: Caller, named: list[Cube], key: str | None, done: Answer
+    ) -> None:
+        if key and done.placed is not None and mounted.residency.peek(key) is None:
+            mounted.keep_placed(key, done.placed)
+        for cube, line in zip(named, done.report["cubes"], strict=True):
+            mounted.announce("asked", cube, uid=caller.uid, how=line["how"])
+
+    async def _encode(
+        self, mounted: Mounted, cube: Cube, text: Text, tell: Tell, *, force: bool
+    ) -> dict[str, Any]:
+        resident = mounted.resident
+        if not force and (ready := await self._in_io(_ready, cube, resident, text)):
+            return {**ready, "event": "done", "path": cube.path, "made": False}
+        earlier = None if force else await self._in_io(_earlier, cube, resident)
+        job = self._worker.submit(prefill(resident, text.text, earlier), Priority.ENCODE)
+        try:
+            async for event in job:
+                tell(event)
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        encoded: Encoded = await job.done() if job.result is None else job.result
+        size = await self._in_io(_publish, cube, resident, encoded, text)
+        await mounted.recheck(cube)  # what was mounted was another file
+        mounted.announce("encoded", cube, tokens=len(encoded.ids))
+        return {
+            "event": "done",
+            "path": cube.path,
+            "made": True,
+            "tokens": len(encoded.ids),
+            "kept_tokens": encoded.kept,
+            "seconds": encoded.seconds,
+            "bytes": size,
+        }
+
+    def _state_event(self, root: str | None = None) -> dict[str, Any]:
+        mounted = self._mounted
+        lines = mounted.lines() if mounted else []
+        return {
+            "event": "state",
+            "state": self.state,
+            "error": str(self.failure) if self.failure else None,
+            "model": {
+                "name": mounted.resident.name,
+                "device": str(mounted.resident.shape.device),
+                "fingerprint": mounted.resident.fingerprint,
+            }
+            if mounted
+            else None,
+            "mounted": [line for line in lines if line["store"] == root],
+            "time": rfc3339(),
+        }
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        for queue in self._subscribers:
+            queue.put_nowait(event)
+
+    async def _in_io(self, function: Callable[..., R], *args: object) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+
+def _ready(cube: Cube, resident: Resident, text: Text) -> dict[str, Any] | None:
+    """What there is to say of a KV cache that fits already; None where there is none."""
+    try:
+        fd, _ = cube.open_kv()
+    except (MemfsError, OSError):
+        return None
+    try:
+        header = kv_store.fit(fd, resident.fingerprint, text.sha256)
+        check_tensors(fd, header)
+        size = os.fstat(fd).st_size
+    except MemfsError:
+        return None
+    finally:
+        os.close(fd)
+    return {"tokens": header.tokens, "kept_tokens": header.tokens, "seconds": 0.0, "bytes": size}
+
+
+def _earlier(cube: Cube, resident: Resident) -> tuple[KVCache, list[int]] | None:
+    """This model's KV cache of an earlier text of the cube, if there is one that can be trusted."""
+    try:
+        fd, _ = cube.open_kv()
+    except (MemfsError, OSError):
+        return None
+    try:
+        return kv_store.read(fd, resident, None, room=0)
+    except MemfsError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int:
+    """Publishes the file, owned like the text. Raises KVStale where the text changed meanwhile."""
+    with publishing(cube.store, cube.kv, like=text.status) as (fd, _):
+        size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
+        if cube.signature(cube.payload) != text.signature and cube.text().sha256 != text.sha256:
+            raise KVStale(f"{cube.path}: the text changed while it was encoded")
+    return size
