@@ -61,8 +61,10 @@ install_packages() {
 # PyPI's torch brings 3 GB of CUDA along. Without an NVIDIA GPU, and where the user has not told pip
 # where to look, PyTorch's own index of CPU builds is offered too: pip prefers 2.13.0+cpu to 2.13.0.
 torch_options() {
+    local configured
+    configured=$("$venv/bin/python" -m pip config list)
     if [ "$(uname -m)" = x86_64 ] && ! [ -e /dev/nvidiactl ] && ! [ -e /dev/dxg ] &&
-        ! "$venv/bin/python" -m pip config list | grep -Eq 'index-url|find-links|no-index'; then
+        ! [[ $configured =~ index-url|find-links|no-index ]]; then
         say --extra-index-url "$torch_cpu_index"
     fi
 }
