@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,7 @@ async def _serve(config: Config, listening: socket.socket) -> None:
     from memfs.runtime.server import Server  # torch: seconds, while clients already connect
     from memfs.runtime.service import Service
 
-    service = Service(config, lambda: _load(config))
+    service = Service(config, lambda say: _load(config, say))
     server = Server(service, os.getuid())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -75,13 +75,13 @@ async def _serve(config: Config, listening: socket.socket) -> None:
         service.close()
 
 
-def _load(config: Config) -> Resident:
+def _load(config: Config, say: Callable[[str], None]) -> Resident:
     """The resident model, fetched and converted first where that has not been done yet."""
     from memfs.runtime import model_store
     from memfs.runtime.resident import load
 
-    log = logging.getLogger("memfs.runtime")
-    directory = model_store.resolve(config.model, config, log.info)
+    directory = model_store.resolve(config.model, config, say)
+    say(f"loading {directory.name}")
     return load(directory, config)
 
 

@@ -96,6 +96,9 @@ class Server:
         service, op = self._service, request.get("op")
         if op == "hello":
             yield service.hello()
+        elif op == "ready":
+            async for event in service.ready():
+                yield event
         elif op == "status":
             yield service.status()
         elif op == "mount":

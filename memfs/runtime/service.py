@@ -8,6 +8,8 @@ model loads or is busy.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -34,6 +36,10 @@ from memfs.vault.publish import publishing
 Events = AsyncIterator[dict[str, Any]]
 R = TypeVar("R")
 
+log = logging.getLogger("memfs.runtime")
+
+LOADING_SECONDS = 0.25
+"""Between two words to a client that waits for the model."""
 MAX_ANSWER = 4096
 """Tokens of one answer, whatever a request says."""
 
@@ -41,11 +47,13 @@ MAX_ANSWER = 4096
 class Service:
     """The operations, over one resident model."""
 
-    def __init__(self, config: Config, load: Callable[[], Resident]) -> None:
-        """``load`` makes the resident model; it is called in the worker's thread, by ``start``."""
+    def __init__(self, config: Config, load: Callable[[Callable[[str], None]], Resident]) -> None:
+        """``load`` makes the resident model, in the worker's thread, and says what it is at."""
         self.config = config
         self.state = "loading"
         self.failure: MemfsError | None = None
+        self.step = "starting"
+        """What the loading is at."""
         self._load = load
         self._worker = Worker()
         self._io = ThreadPoolExecutor(max_workers=4, thread_name_prefix="io")
@@ -56,11 +64,13 @@ class Service:
         self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._started = time.monotonic()
         self._load_seconds: float | None = None
+        self._since_start: float | None = None
 
     async def start(self) -> None:
         """Loads the model. Does not raise: a model that cannot serve is what clients are told."""
         try:
-            resident = await self._worker.call(self._load, Priority.ANSWER).done()
+            job = self._worker.call(lambda: self._load(self._say), Priority.ANSWER)
+            resident = await job.done()
         except MemfsError as e:
             self.state, self.failure = "failed", e
         else:
@@ -68,6 +78,7 @@ class Service:
             self._mounted = Mounted(resident, budget, self._io, self._publish)
             self.state = "ready"
         self._load_seconds = time.monotonic() - self._started
+        self._since_start = _process_age()
         self._ready.set()
         self._publish(self._state_event())
 
@@ -81,6 +92,15 @@ class Service:
     def hello(self) -> dict[str, Any]:
         """Whether the model is ready, and what it is."""
         return {k: v for k, v in self._state_event().items() if k not in ("event", "mounted")}
+
+    async def ready(self) -> Events:
+        """What the loading is at until the model is ready. Raises ModelUnusable where it fails."""
+        while not self._ready.is_set():
+            yield {"event": "loading", "step": self.step}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ready.wait(), LOADING_SECONDS)
+        await self._mounted_set()
+        yield self.hello()
 
     def status(self) -> dict[str, Any]:
         """Everything there is to see, at once, also while the model loads."""
@@ -103,6 +123,7 @@ class Service:
             "encoding": len(self._encodings),
             "uptime_s": time.monotonic() - self._started,
             "load_s": self._load_seconds,
+            "since_start_s": self._since_start,
         }
 
     async def mount(self, caller: Caller, cube: Cube, kind: str, pin: bool) -> dict[str, Any]:
@@ -219,6 +240,10 @@ class Service:
 
     # How they do it.
 
+    def _say(self, step: str) -> None:
+        self.step = step
+        log.info("%s", step)
+
     async def _mounted_set(self) -> Mounted:
         """The mounted set, once the model is there. Raises ModelUnusable where it never will be."""
         await self._ready.wait()
@@ -327,6 +352,13 @@ class Service:
 
     async def _in_io(self, function: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+
+def _process_age() -> float:
+    """Seconds since this process was started, its imports included."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _ready(cube: Cube, resident: Resident, text: Text) -> dict[str, Any] | None:

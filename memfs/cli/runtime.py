@@ -1,0 +1,99 @@
+"""``memfs runtime``: starts, stops or prepares the resident model's daemon."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from memfs.cli import output, targets
+from memfs.config import Config
+from memfs.errors import RuntimeUnavailable
+from memfs.runtime.protocol import socket_path
+
+HELP = "start, stop or prepare the resident model"
+EPILOG = """\
+examples:
+  memfs runtime                          start it, and wait until the model answers
+  memfs runtime -f --model ./my-model    in the foreground, with another model
+  memfs runtime --prepare                fetch and convert the model, and start nothing
+  memfs runtime --stop
+
+A runtime is also started by the first question, or the first read of a KV cache.
+"""
+
+STOP_SECONDS = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("-f", "--foreground", action="store_true", help="stay, and log to stderr")
+    what.add_argument("--prepare", action="store_true", help="fetch and convert the model only")
+    what.add_argument("--stop", action="store_true", help="end the daemon")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of the model")
+    parser.add_argument(
+        "--budget-bytes", metavar="BYTES", help="for mounted KV caches, for example 4G"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    targets.add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = Config.load(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+        budget_bytes=args.budget_bytes,
+    )
+    if args.prepare:
+        return _prepare(config, as_json=args.json)
+    if args.stop:
+        return _stop(config, as_json=args.json)
+    if args.foreground:
+        from memfs.runtime import daemon
+
+        return daemon.run(config, socket_path(config))
+    with targets.runtime(config) as client:
+        facts = client.call("status")
+    if args.json:
+        output.print_json(facts)
+    else:
+        print(
+            f"{facts['model']} is ready: {facts['dtype']} on {facts['device']}, "
+            f"loaded in {output.seconds(facts['load_s'])} (process {facts['pid']})"
+        )
+    return 0
+
+
+def _prepare(config: Config, *, as_json: bool) -> int:
+    from memfs.runtime import model_store
+
+    with output.Progress() as progress:
+        directory = model_store.resolve(config.model, config, progress.step)
+    if as_json:
+        output.print_json({"model": config.model, "directory": str(directory)})
+    else:
+        print(f"the model is ready to load, in {directory}")
+    return 0
+
+
+def _stop(config: Config, *, as_json: bool) -> int:
+    client = targets.running(config)
+    if client is not None:
+        with client:
+            client.call("stop")
+        _wait_until_gone(config)
+    if as_json:
+        output.print_json({"stopped": client is not None})
+    else:
+        print("the runtime has stopped" if client else "no runtime is running")
+    return 0
+
+
+def _wait_until_gone(config: Config) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        if not socket_path(config).exists():
+            return
+        time.sleep(0.02)
+    raise RuntimeUnavailable(f"it was told to stop and has not in {STOP_SECONDS} s")
