@@ -134,6 +134,6 @@ def _runtimes() -> Iterator[Check]:
         found = f"{status.get('model')} on {status.get('device')}: {status.get('state')}"
         if status.get("state") == "failed":
             log = path.with_suffix(".log")
-            yield Check("runtime", PROBLEM, f"{found}: {status.get('reason')}", f"less {log}")
+            yield Check("runtime", PROBLEM, f"{found}: {status.get('error')}", f"less {log}")
         else:
             yield Check("runtime", OK, found)
