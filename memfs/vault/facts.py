@@ -254,7 +254,7 @@ def _read_meta(directory: int, found: os.stat_result | None, facts: CubeFacts) -
     except (InvalidMetadata, NotAllowed) as e:
         return replace(facts, meta_sig=sig, meta_reason=e.detail)
     except OSError as e:
-        return replace(facts, meta_sig=_unread(sig), meta_reason=e.strerror)
+        return replace(facts, meta_sig=sig.unsettled(), meta_reason=e.strerror)
     return with_meta(facts, meta, sig)
 
 
@@ -274,7 +274,7 @@ def _read_payload(directory: int, found: os.stat_result | None, facts: CubeFacts
         finally:
             os.close(fd)
     except (OSError, NotAllowed):
-        sig = _unread(sig)
+        sig = sig.unsettled()
     return replace(
         facts,
         payload_state="ready",
@@ -295,7 +295,7 @@ def _read_kv(
     sig = sig_of(found)
     facts = replace(facts, kv_state="unchecked", kv_bytes=sig.size, kv_sig=sig)
     if not check:
-        return replace(facts, kv_sig=_unread(sig))
+        return replace(facts, kv_sig=sig.unsettled())
     try:
         fd = open_regular_at(directory, layout.KV)
         try:
@@ -307,7 +307,7 @@ def _read_kv(
     except (KVCorrupt, NotAllowed) as e:
         return replace(facts, kv_state="corrupt", kv_reason=e.detail, kv_sig=sig)
     except OSError as e:
-        return replace(facts, kv_reason=e.strerror, kv_sig=_unread(sig))
+        return replace(facts, kv_reason=e.strerror, kv_sig=sig.unsettled())
     return replace(
         facts,
         kv_tokens=header.tokens,
@@ -347,18 +347,13 @@ def _read_adapter(directory: int, found: os.stat_result | None, facts: CubeFacts
     except (AdapterCorrupt, NotAllowed) as e:
         return replace(facts, adapter_state="corrupt", adapter_reason=e.detail, adapter_sig=sig)
     except OSError as e:
-        return replace(facts, adapter_reason=e.strerror, adapter_sig=_unread(sig))
+        return replace(facts, adapter_reason=e.strerror, adapter_sig=sig.unsettled())
     return replace(
         facts,
         adapter_bytes=sig.size,
         adapter_sig=sig,
         adapter_payload_sha256=said.get("payload_sha256"),
     )
-
-
-def _unread(sig: Sig) -> Sig:
-    """The Sig of a file that could not be read: the next look tries again."""
-    return sig._replace(ctime_ns=0)
 
 
 def _sha256(fd: int) -> str | None:

@@ -1,14 +1,16 @@
 """Identity: every cube of a store has an id of its own, kept through rename and copy.
 
-``adopt`` gives a cube without meta.json its first one, and a copy made inside the store an id of its
-own. Callers call it when a payload was closed, at a rescan, and after a settled change beside the
-mount: never because a meta.json is gone, which is what ``rm -r`` looks like halfway. Any thread.
+``adopt`` gives a cube without meta.json its first one, and a copy made inside the store an id of
+its own. Callers call it when a payload was closed, at a rescan, and after a settled change beside
+the mount: never because a meta.json is gone, which is what ``rm -r`` looks like halfway. Any
+thread.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,8 +29,8 @@ def adopt(
 ) -> CubeFacts:
     """``facts`` with an identity that no other living cube of the store has.
 
-    Writes meta.json where that takes it. An invalid meta.json is left as it is, and so is one with an
-    id that is new in this store: a cube from another machine keeps its identity.
+    Writes meta.json where that takes it. An invalid meta.json is left as it is, and so is one with
+    an id that is new in this store: a cube from another machine keeps its identity.
 
     Args:
         lookup: the path that is known under an id, or None.
@@ -52,11 +54,19 @@ def adopt(
         return facts
     try:
         status = publish_bytes(
-            store, layout.join(path, layout.META), metadata.render(meta), like=_holder(store, path)
+            store,
+            layout.join(path, layout.META),
+            metadata.render(meta),
+            like=_holder(store, path),
+            replace=facts.meta_sig is not None,
         )
+    except FileExistsError:
+        return facts  # somebody else gave it one just now: the next look takes that
     except OSError as e:
         log.warning("%s: cannot write its meta.json: %s", path, e.strerror)
-        return replace(facts, id=None) if taken else facts
+        if not taken or facts.meta_sig is None:
+            return facts
+        return replace(facts, id=None, meta_sig=facts.meta_sig.unsettled())
     return with_meta(facts, meta, sig_of(status))
 
 
@@ -88,8 +98,9 @@ def _first_header(path: str) -> metadata.Meta:
 
 
 def _holder(store: Store, path: str) -> os.stat_result:
-    """The file whose owner, group and mode the new meta.json takes."""
+    """The status whose owner, group and mode the new meta.json takes."""
     try:
-        return store.stat(layout.join(path, layout.PAYLOAD))
+        payload = store.stat(layout.join(path, layout.PAYLOAD))
     except FileNotFoundError:
         return store.stat(path)
+    return payload if stat.S_ISREG(payload.st_mode) else store.stat(path)

@@ -11,7 +11,7 @@ import os
 
 from memfs.cube import layout
 from memfs.errors import MountFailed
-from memfs.vault.store import Store, open_regular_at
+from memfs.vault.store import Store, give_to_owner, open_regular_at
 
 _NAME = "lock"
 
@@ -52,6 +52,7 @@ def lock(store: Store, holder: str = "") -> StoreLock:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(_NAME, flags, 0o600, dir_fd=control)
+            give_to_owner(store, fd)
         except FileExistsError:
             fd = open_regular_at(control, _NAME, os.O_RDWR)
     finally:

@@ -29,13 +29,14 @@ def is_temporary(name: str) -> bool:
 
 @contextlib.contextmanager
 def publishing(
-    store: Store, path: str, *, like: os.stat_result | None = None
+    store: Store, path: str, *, like: os.stat_result | None = None, replace: bool = True
 ) -> Iterator[tuple[int, str]]:
     """Gives ``(descriptor, a path that opens the same file)`` to write; published at the end.
 
     Args:
         like: owner, group and mode (its read and write bits) of the new file; without it they are
             what the kernel gives any new file.
+        replace: whether a file that is there is replaced; otherwise it is FileExistsError.
 
     The file is left out and removed where the body raises.
     """
@@ -52,7 +53,12 @@ def publishing(
             if like is not None:
                 _make_like(fd, like)
             os.fsync(fd)
-            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+            if not replace:
+                # link fails where the name is taken, rename does not
+                os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+                os.unlink(temporary, dir_fd=directory)
+            else:
+                os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=directory)
@@ -65,10 +71,15 @@ def publishing(
 
 
 def publish_bytes(
-    store: Store, path: str, data: bytes, *, like: os.stat_result | None = None
+    store: Store,
+    path: str,
+    data: bytes,
+    *,
+    like: os.stat_result | None = None,
+    replace: bool = True,
 ) -> os.stat_result:
-    """Publishes ``data`` at ``path``; the status of the new file."""
-    with publishing(store, path, like=like) as (fd, _):
+    """Publishes ``data`` at ``path``; the status of the new file. For the rest see ``publishing``."""
+    with publishing(store, path, like=like, replace=replace) as (fd, _):
         left = memoryview(data)
         while left:
             left = left[os.write(fd, left) :]

@@ -19,6 +19,10 @@ class Sig(NamedTuple):
     ctime_ns: int
     """0 in a Sig that no file can have: see ``settled_sig``."""
 
+    def unsettled(self) -> Sig:
+        """The same, but equal to no file's: the file is read again at the next look."""
+        return self._replace(ctime_ns=0)
+
 
 def sig_of(found: os.stat_result) -> Sig:
     """The Sig of a file with this status."""
@@ -36,4 +40,4 @@ def settled_sig(found: os.stat_result, now_ns: int | None = None) -> Sig:
     now = time.time_ns() if now_ns is None else now_ns
     coarse = found.st_mtime_ns % 1_000_000_000 == 0 and found.st_ctime_ns % 1_000_000_000 == 0
     young = abs(now - found.st_ctime_ns) < (_COARSE_NS if coarse else _TICK_NS)
-    return sig_of(found)._replace(ctime_ns=0) if young else sig_of(found)
+    return sig_of(found).unsettled() if young else sig_of(found)

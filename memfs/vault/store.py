@@ -151,6 +151,13 @@ class Store:
         return fd, parts[-1]
 
 
+def give_to_owner(store: Store, fd: int) -> None:
+    """Makes an open file of ours the store owner's, so that root's mount does not shut him out."""
+    if os.geteuid() == 0:
+        owner = os.fstat(store.fd)
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
 def open_regular_at(parent: int, name: str, flags: int = os.O_RDONLY, *, shown: str = "") -> int:
     """``Store.open_regular`` for a name in an open directory; ``shown`` is what errors call it."""
     shown = shown or name
@@ -190,12 +197,11 @@ def _step(name: str, parent: int, flags: int, path: str) -> int:
 def _control(fd: int, root: Path, *, create: bool) -> bool:
     """Makes the control directory where it is missing; whether it is there and can be written.
 
-    It is given to the owner of the store, so that a mount made by root does not shut the owner out.
+    It is the store owner's, so that a mount made by root does not shut the owner out.
     """
-    owner = os.fstat(fd)
     try:
         if create:
-            _make_control(fd, owner)
+            _make_control(fd, os.fstat(fd))
         found = os.stat(layout.CONTROL, dir_fd=fd, follow_symlinks=False)
     except FileExistsError as e:
         raise NotAllowed(f"{root / layout.CONTROL} is not a directory") from e

@@ -1,0 +1,249 @@
+"""Bringing the index up to date with the files: one cube, or a whole store.
+
+``refresh`` is for a path that was touched, by the filesystem's own closes or beside the mount;
+``rescan`` is for everything that may have changed unseen: at mount, where events were lost, at a
+rebuild. Both read only files whose status changed. Any thread, many at once.
+"""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from memfs.cube import layout
+from memfs.index.history import take_history
+from memfs.index.lmdb_index import Index
+from memfs.vault.facts import CubeFacts, inspect
+from memfs.vault.identity import adopt
+from memfs.vault.publish import is_temporary, remove_leftover
+from memfs.vault.store import Store
+
+Model = Mapping[str, str] | None
+"""The resident model's part of the fingerprint, or None where no model is known."""
+
+COMPLETE = "complete"
+"""Name in the index's info that is set once it knows the whole store."""
+
+_STRIPES = [threading.Lock() for _ in range(64)]
+"""A path is looked at by one thread at a time: an older look must not overwrite a younger one."""
+
+
+_NO_SIGS: dict[str, Any] = dict.fromkeys(("meta_sig", "payload_sig", "kv_sig", "adapter_sig"))
+
+
+class Change(NamedTuple):
+    """What the index said of a path, and says now; None stands for no cube."""
+
+    path: str
+    before: CubeFacts | None
+    after: CubeFacts | None
+
+    @property
+    def matters(self) -> bool:
+        """Whether more changed than by which status a file is known."""
+        if self.before is None or self.after is None:
+            return self.before is not self.after
+        return replace(self.before, **_NO_SIGS) != replace(self.after, **_NO_SIGS)
+
+
+OnChange = Callable[[Change], None]
+
+
+@dataclass
+class Scan:
+    """What a rescan found."""
+
+    cubes: int = 0
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    copies: int = 0
+    """Copies that got an id of their own."""
+    complete: bool = True
+    """Whether it came to its end."""
+
+
+def refresh(
+    store: Store, index: Index, path: str, model: Model, *, adopting: bool = False
+) -> Change:
+    """Looks at the cube at ``path`` and sets what the index says of it.
+
+    A cube that is new, or whose payload.md changed, gets a meta.json where it has none. One that
+    has merely lost it keeps its id without: it may be halfway through ``rm -r``.
+
+    Args:
+        adopting: whether a cube that lost its meta.json gets one again, too.
+
+    Raises:
+        OSError: the store cannot be read, or the index not written.
+        IndexDamaged: see ``rebuild``.
+    """
+    change, owns = _look(store, index, path, model, adopting=adopting)
+    if owns or change.after is None or change.after.id is None:
+        return change
+    owner = index.by_id(change.after.id)
+    if owner is None or owner[0] == path:
+        return change
+    return change._replace(after=_tell_apart(store, index, path, owner[0]))
+
+
+def refresh_all(
+    store: Store,
+    index: Index,
+    paths: Iterable[str],
+    model: Model,
+    on_change: OnChange | None = None,
+) -> None:
+    """``refresh`` for all that a watcher's event touched: cubes, collections, gone directories."""
+    gone: set[str] = set()
+    there: set[str] = set()
+    for path in paths:
+        if _is_directory(store, path):
+            there.add(path)
+        else:
+            gone.update(found for found, _ in index.under(path))
+    # What is gone first: a cube that was moved is then known at its new path alone.
+    for path in [*sorted(gone), *sorted(there)]:
+        change = refresh(store, index, path, model)
+        if on_change and change.matters:
+            on_change(change)
+
+
+def rescan(
+    store: Store,
+    index: Index,
+    model: Model,
+    *,
+    adopting: bool = True,
+    known: Mapping[str, str] | None = None,
+    leftovers_before: float | None = None,
+    on_change: OnChange | None = None,
+    stop: Callable[[], bool] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Scan:
+    """Looks at every cube of the store; those that are gone are forgotten.
+
+    Which of several cubes with one id is the original: the path that the index knew under it, else
+    the one whose meta.json is oldest.
+
+    Args:
+        adopting: whether cubes that lost their meta.json get one again.
+        known: ids by path as an older index had them, for a new one.
+        leftovers_before: where given, what a crash left of publishing before that time is removed.
+        stop: asked now and then; the scan ends early where it says True.
+        progress: told how many cubes were looked at.
+    """
+    scan, seen, new, known = Scan(), set(), set(), known or {}
+    for path, names in store.walk():
+        if stop and stop():
+            scan.complete = False
+            return scan
+        for name in filter(is_temporary, names):
+            if leftovers_before is not None:
+                remove_leftover(store, layout.join(path, name), leftovers_before)
+        if not path or not layout.is_cube(names):
+            continue
+        seen.add(path)
+        change, _ = _look(store, index, path, model, adopting=adopting, known_id=known.get(path))
+        if change.before is None or (change.after and change.before.id != change.after.id):
+            new.add(path)
+        _count(scan, change, on_change)
+        if progress:
+            progress(scan.cubes)
+    for path, _ in index.under(""):
+        if path not in seen:
+            _count(scan, refresh(store, index, path, model), on_change)
+    for cube_id in index.shared_ids():
+        holders = [(p, facts) for p in index.paths_of(cube_id) if (facts := index.get(p))]
+        # False stands before True: known under this id, not new, the oldest header, by name.
+        holders.sort(
+            key=lambda item: (
+                bool(known) and known.get(item[0]) != cube_id,
+                item[0] in new,
+                item[1].meta_sig.ctime_ns if item[1].meta_sig else 0,
+                item[0],
+            )
+        )
+        for path, before in holders[1:]:
+            change = Change(path, before, _tell_apart(store, index, path, holders[0][0]))
+            scan.copies += change.matters
+            if on_change and change.matters:
+                on_change(change)
+    index.set_info(COMPLETE, True)
+    return scan
+
+
+def _look(
+    store: Store,
+    index: Index,
+    path: str,
+    model: Model,
+    *,
+    adopting: bool,
+    known_id: str | None = None,
+) -> tuple[Change, bool]:
+    """``refresh`` but for telling copies apart; and whether the path owns its id."""
+    with _stripe(path):
+        before = index.get(path)
+        after = inspect(store, path, before, model)
+        if after is None:
+            if before is not None:
+                index.remove(path)
+            return Change(path, before, None), True
+        if after.meta_sig is None:
+            if after.id is None:
+                after = replace(after, id=known_id)
+            if adopting or _is_written(before, after):
+                after = adopt(store, path, after, lambda cube_id: _owner(index, cube_id))
+        owns = after == before or index.put(path, after)
+        if after.id is not None and (before is None or before.id != after.id):
+            take_history(store, index, path, after.id)
+        return Change(path, before, after), owns
+
+
+def _tell_apart(store: Store, index: Index, path: str, original: str) -> CubeFacts | None:
+    """Gives the copy at ``path`` an id of its own, where ``original`` still has the same."""
+    with _stripe(path):
+        before = index.get(path)
+        if before is None:
+            return None
+        after = adopt(store, path, before, lambda _: original)
+        if after != before:
+            index.put(path, after)
+        return after
+
+
+def _is_written(before: CubeFacts | None, after: CubeFacts) -> bool:
+    """Whether the cube is new or its text was written, by the file's times rather than its Sig."""
+    if before is None or before.payload_sig is None or after.payload_sig is None:
+        return before is None or before.payload_sig is not after.payload_sig
+    return before.payload_sig[:3] != after.payload_sig[:3]
+
+
+def _owner(index: Index, cube_id: str) -> str | None:
+    found = index.by_id(cube_id)
+    return found[0] if found else None
+
+
+def _count(scan: Scan, change: Change, on_change: OnChange | None) -> None:
+    before, after = change.before, change.after
+    scan.cubes += after is not None
+    scan.added += before is None and after is not None
+    scan.removed += before is not None and after is None
+    scan.changed += before is not None and after is not None and change.matters
+    if on_change and change.matters:
+        on_change(change)
+
+
+def _is_directory(store: Store, path: str) -> bool:
+    try:
+        return stat.S_ISDIR(store.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _stripe(path: str) -> threading.Lock:
+    return _STRIPES[hash(path) % len(_STRIPES)]
