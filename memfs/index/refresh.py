@@ -67,7 +67,13 @@ class Scan:
 
 
 def refresh(
-    store: Store, index: Index, path: str, model: Model, *, adopting: bool = False
+    store: Store,
+    index: Index,
+    path: str,
+    model: Model,
+    *,
+    adopting: bool = False,
+    check_kv: bool = True,
 ) -> Change:
     """Looks at the cube at ``path`` and sets what the index says of it.
 
@@ -76,12 +82,13 @@ def refresh(
 
     Args:
         adopting: whether a cube that lost its meta.json gets one again, too.
+        check_kv: as for ``inspect``.
 
     Raises:
         OSError: the store cannot be read, or the index not written.
         IndexDamaged: see ``rebuild``.
     """
-    change, owns = _look(store, index, path, model, adopting=adopting)
+    change, owns = _look(store, index, path, model, adopting=adopting, check_kv=check_kv)
     if owns or change.after is None or change.after.id is None:
         return change
     owner = index.by_id(change.after.id)
@@ -183,12 +190,13 @@ def _look(
     model: Model,
     *,
     adopting: bool,
+    check_kv: bool = True,
     known_id: str | None = None,
 ) -> tuple[Change, bool]:
     """``refresh`` but for telling copies apart; and whether the path owns its id."""
     with _stripe(path):
         before = index.get(path)
-        after = inspect(store, path, before, model)
+        after = inspect(store, path, before, model, check_kv=check_kv)
         if after is None:
             if before is not None:
                 index.remove(path)

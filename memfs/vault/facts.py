@@ -289,13 +289,15 @@ def _read_kv(
 ) -> CubeFacts:
     if _unchanged(facts.kv_sig, found):
         return facts
-    facts = replace(facts, **_NO_KV)
     if found is None:
-        return facts
+        return replace(facts, **_NO_KV)
     sig = sig_of(found)
-    facts = replace(facts, kv_state="unchecked", kv_bytes=sig.size, kv_sig=sig)
+    if not check and facts.kv_sig == sig.unsettled():
+        return facts  # read while it was very young: it counts as what it was found to be
+    facts = replace(facts, **_NO_KV)
+    facts = replace(facts, kv_state="unchecked", kv_bytes=sig.size, kv_sig=sig.unsettled())
     if not check:
-        return replace(facts, kv_sig=sig.unsettled())
+        return facts
     try:
         fd = open_regular_at(directory, layout.KV)
         try:
