@@ -161,7 +161,7 @@ def _tensors(raw: Mapping[str, object], *, data_offset: int, size: int) -> dict[
         if not isinstance(entry, dict):
             raise KVCorrupt(f"{name[:40]} is not described by an object")
         dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if dtype not in ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise KVCorrupt(f"dtype of {name[:40]} is {str(dtype)[:20]!r}")
         if not _naturals(shape) or not _naturals(span) or len(span) != 2:
             raise KVCorrupt(f"shape or data_offsets of {name[:40]} are not natural numbers")

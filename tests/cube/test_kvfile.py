@@ -1,0 +1,237 @@
+"""kv.safetensors is read without trust: every field, every byte and every length may lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save
+
+from memfs.cube import kvfile
+from memfs.cube.fingerprint import (
+    CHECKSUMS,
+    FORMAT,
+    MODEL_FIELDS,
+    TEXT_FIELDS,
+    require_fields,
+    require_model,
+    require_text,
+)
+from memfs.errors import KVCorrupt, KVForeign, KVStale
+
+LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 2, 5, 4
+
+
+def fingerprint() -> dict[str, str]:
+    fields = {name: f"{name} of a test" for name in (*MODEL_FIELDS, *TEXT_FIELDS)}
+    return fields | {
+        "format": FORMAT,
+        "layers": str(LAYERS),
+        "kv_heads": str(HEADS),
+        "head_dim": str(HEAD_DIM),
+        "token_count": str(TOKENS),
+        "base_position": "7",
+        "dtype": "float32",
+    }
+
+
+def tensors() -> dict[str, np.ndarray[Any, Any]]:
+    random = np.random.default_rng(0)
+    found: dict[str, np.ndarray[Any, Any]] = {
+        kvfile.layer_name(i): random.standard_normal((2, HEADS, TOKENS, HEAD_DIM), np.float32)
+        for i in range(LAYERS)
+    }
+    found[kvfile.TOKEN_IDS] = np.arange(TOKENS, dtype=np.int32)
+    return found
+
+
+def written(
+    fields: dict[str, str] | None = None, data: dict[str, np.ndarray[Any, Any]] | None = None
+) -> bytes:
+    """A whole file; the checksums are right unless ``fields`` has its own."""
+    data = tensors() if data is None else data
+    sums = {name: xxhash.xxh3_64_hexdigest(array.tobytes()) for name, array in data.items()}
+    return save(data, {CHECKSUMS: json.dumps(sums)} | (fingerprint() if fields is None else fields))
+
+
+def check(path: Path, content: bytes) -> kvfile.Header:
+    """Everything that is checked of a file without a model."""
+    path.write_bytes(content)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        header = kvfile.read_header(fd)
+        kvfile.check_tensors(fd, header)
+        return header
+    finally:
+        os.close(fd)
+
+
+def edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
+    """A whole file with its header changed by ``edit``."""
+    content = written()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def test_a_whole_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "kv.safetensors"
+    header = check(path, written())
+    assert header.tokens == TOKENS
+    assert header.kv_bytes == LAYERS * 2 * HEADS * TOKENS * HEAD_DIM * 4
+    content = path.read_bytes()
+    for name, array in load_file(path).items():
+        tensor = header.tensors[name]
+        assert content[tensor.offset : tensor.offset + tensor.nbytes] == array.tobytes()
+        assert tensor.shape == array.shape
+
+
+@pytest.mark.parametrize("name", [*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS])
+def test_a_missing_field_is_named(name: str, tmp_path: Path) -> None:
+    content = edited(lambda header: header["__metadata__"].pop(name))
+    with pytest.raises(KVCorrupt, match=f"no {name}$"):
+        check(tmp_path / "kv", content)
+
+
+@pytest.mark.parametrize("name", MODEL_FIELDS)
+def test_a_field_of_another_model_is_named(name: str) -> None:
+    require_model(fingerprint(), fingerprint())
+    with pytest.raises(KVForeign, match=rf": {name} is "):
+        require_model(fingerprint(), fingerprint() | {name: "other"})
+
+
+def test_another_text_is_named() -> None:
+    require_text(fingerprint(), "payload_sha256 of a test")
+    with pytest.raises(KVStale, match="payload_sha256"):
+        require_text(fingerprint(), "0" * 64)
+    with pytest.raises(KVCorrupt, match="has no"):
+        require_fields({})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", "memfs-kv-0"),
+        ("layers", "3"),
+        ("layers", "-2"),
+        ("layers", "٢"),  # a digit, but not one of ours
+        ("kv_heads", "1"),
+        ("head_dim", "8"),
+        ("token_count", "4"),
+        ("token_count", "99999999999"),
+        ("base_position", "x"),
+        ("dtype", "float16"),
+        ("dtype", "int8"),
+        (CHECKSUMS, "{"),
+        (CHECKSUMS, "{}"),
+        (CHECKSUMS, "[]"),
+    ],
+)
+def test_a_field_that_does_not_fit_the_tensors_is_refused(
+    name: str, value: str, tmp_path: Path
+) -> None:
+    with pytest.raises(KVCorrupt):
+        check(tmp_path / "kv", edited(lambda header: header["__metadata__"].update({name: value})))
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    whole = written()
+    for length in {*range(0, len(whole), 97), 1, 7, 8, 9, len(whole) - 1}:
+        with pytest.raises(KVCorrupt):
+            check(tmp_path / "kv", whole[:length])
+    with pytest.raises(KVCorrupt, match="tensors end at"):
+        check(tmp_path / "kv", whole + b"\0")
+
+
+def test_every_flipped_bit_of_the_tensors_is_seen(tmp_path: Path) -> None:
+    whole = written()
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    for at in range(start, len(whole), 53):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        with pytest.raises(KVCorrupt, match="do not match their checksum"):
+            check(tmp_path / "kv", bytes(damaged))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(at=st.integers(0), value=st.integers(1, 255))
+def test_a_damaged_header_never_passes_as_another_one(at: int, value: int, tmp_path: Path) -> None:
+    """Whatever byte of it changes: a refusal, or the same tensors under another fingerprint."""
+    whole = written()
+    length = 8 + struct.unpack("<Q", whole[:8])[0]
+    damaged = bytearray(whole)
+    damaged[at % length] ^= value
+    try:
+        header = check(tmp_path / "kv", bytes(damaged))
+    except KVCorrupt:
+        return
+    assert header.tensors == check(tmp_path / "whole", whole).tensors
+
+
+def _tensor(header: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = header["layers.000"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda h: h.update({"layers.000": 3}),
+        lambda h: _tensor(h).update(dtype="F64"),
+        lambda h: _tensor(h).update(dtype=["F32"]),
+        lambda h: _tensor(h).update(shape=[2, HEADS, TOKENS, -HEAD_DIM]),
+        lambda h: _tensor(h).update(shape=[2, HEADS, TOKENS, HEAD_DIM + 0.5]),
+        lambda h: _tensor(h).update(shape=[2, HEADS, TOKENS, True]),
+        lambda h: _tensor(h).update(shape=[2, HEADS * TOKENS, HEAD_DIM]),
+        lambda h: _tensor(h).update(shape=[1 << 47, 1 << 47]),
+        lambda h: _tensor(h).update(shape=None),
+        lambda h: _tensor(h).update(data_offsets=[0]),
+        lambda h: _tensor(h).update(data_offsets=[1 << 40, (1 << 40) + 320]),
+        lambda h: _tensor(h).update(data_offsets=h["layers.001"]["data_offsets"]),
+        lambda h: h.update({"layers.002": h["layers.001"]}),
+        lambda h: h.pop("layers.001"),
+        lambda h: h.update({"layers.1": h.pop("layers.001")}),
+        lambda h: h.pop("__metadata__"),
+        lambda h: h.update(__metadata__=[]),
+        lambda h: h["__metadata__"].update(layers=2),
+    ],
+)
+def test_a_lying_header_is_refused(edit: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    with pytest.raises(KVCorrupt):
+        check(tmp_path / "kv", edited(edit))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"__metadata__": {}, "__metadata__": {}}'],
+)
+def test_what_is_no_header_is_refused(header: bytes, tmp_path: Path) -> None:
+    with pytest.raises(KVCorrupt):
+        check(tmp_path / "kv", struct.pack("<Q", len(header)) + header)
+
+
+def test_a_header_that_says_it_is_huge_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(KVCorrupt, match="at most"):
+        check(tmp_path / "kv", struct.pack("<Q", 1 << 60) + b"{}")
+
+
+def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kv"
+    path.write_bytes(written())
+    fd = os.open(path, os.O_RDONLY)
+    header = kvfile.read_header(fd)
+    os.truncate(path, header.data_offset + 10)
+    with pytest.raises(KVCorrupt, match="ends within"):
+        kvfile.check_tensors(fd, header)
+    os.close(fd)
