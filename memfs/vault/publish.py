@@ -78,7 +78,7 @@ def publish_bytes(
     like: os.stat_result | None = None,
     replace: bool = True,
 ) -> os.stat_result:
-    """Publishes ``data`` at ``path``; the status of the new file. For the rest see ``publishing``."""
+    """Publishes ``data`` at ``path``, as ``publishing`` does; the status of the new file."""
     with publishing(store, path, like=like, replace=replace) as (fd, _):
         left = memoryview(data)
         while left:
