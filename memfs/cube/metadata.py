@@ -26,6 +26,10 @@ MAX_BYTES = 1 << 20
 """A larger meta.json is refused unread: it describes a memory, it does not hold one."""
 
 
+MAX_DEPTH = 32
+"""Objects and lists within each other: no walk over a header can then recurse too deep."""
+
+
 def schema() -> dict[str, Any]:
     """The published JSON Schema (draft 7) of meta.json."""
     text = files("memfs.cube").joinpath("meta.schema.json").read_text("utf-8")
@@ -93,6 +97,7 @@ def parse(text: bytes) -> Meta:
         raise InvalidMetadata(f"line {e.lineno}, column {e.colno}: {e.msg}") from e
     except (RecursionError, ValueError) as e:
         raise InvalidMetadata(str(e) or "nested too deep") from e
+    _require_shallow(data)
     check(data)
     meta: Meta = data
     return meta
@@ -110,7 +115,10 @@ def check(data: object) -> None:
 
 def render(meta: Meta) -> bytes:
     """The header as the file's bytes: indented JSON, UTF-8, a final newline."""
-    return (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    try:
+        return (json.dumps(meta, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can only write it escaped
+        return (json.dumps(meta, indent=2) + "\n").encode("ascii")
 
 
 def cube_id(meta: Meta) -> str:
@@ -143,6 +151,21 @@ def _lay_over(base: Meta, over: Meta) -> None:
             _lay_over(base[key], value)
         else:
             base[key] = value
+
+
+def _require_shallow(data: object) -> None:
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise InvalidMetadata(f"objects or lists within each other more than {MAX_DEPTH} deep")
 
 
 def _no_constant(name: str) -> object:

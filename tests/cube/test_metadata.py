@@ -137,3 +137,26 @@ def test_a_header_with_the_least_there_may_be_can_be_copied() -> None:
 
 def test_times() -> None:
     assert metadata.rfc3339(0) == "1970-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb"])
+def test_half_a_surrogate_pair_survives(text: str) -> None:
+    meta = metadata.new(title=text)
+    assert metadata.parse(metadata.render(meta)) == meta
+
+
+@pytest.mark.parametrize("depth", [metadata.MAX_DEPTH, 500, 100_000])
+def test_a_header_too_deep_to_walk_is_refused(depth: int) -> None:
+    text = metadata.render(metadata.new()).rstrip()[:-1] + b', "deep": '
+    with pytest.raises(InvalidMetadata):
+        metadata.parse(text + b"[" * depth + b"]" * depth + b"}")
+
+
+def test_a_header_may_be_as_deep_as_anyone_needs() -> None:
+    deep: object = 1
+    for _ in range(metadata.MAX_DEPTH - 1):
+        deep = {"in": deep}
+    meta = metadata.new() | {"deep": deep}
+    assert metadata.parse(metadata.render(meta)) == meta
+    metadata.check(metadata.as_copy(meta))
+    assert metadata.show(meta, {})["deep"] == deep
