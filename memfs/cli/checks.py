@@ -76,10 +76,10 @@ def packages() -> Iterator[Check]:
         return
     others = []
     for line in required:
-        match = re.match(r"([A-Za-z0-9._-]+)\s*(?:>=([0-9.]+))?", line)
-        if match is None or "extra ==" in line:
+        name, minimum = re.match(r"[\w.-]+", line), re.search(r">=([0-9.]+)", line)
+        if name is None or "extra ==" in line:
             continue
-        check = _package(match[1], match[2] or "0")
+        check = _package(name[0], minimum[1] if minimum else "0")
         if check.name in SHOWN_PACKAGES or check.state != OK:
             yield check
         else:
