@@ -20,7 +20,7 @@ from memfs.config import Config
 from memfs.cube import layout
 from memfs.errors import MountFailed
 from memfs.runtime import model_store
-from memfs.runtime.client import RuntimeClient
+from memfs.runtime.client import RuntimeClient, stop
 
 HELP = "measure memfs on this machine"
 EPILOG = """\
@@ -171,8 +171,8 @@ class _Runtime:
         return self._client
 
     def __exit__(self, *_: object) -> None:
-        self._client.call("stop")
         self._client.close()
+        stop(self._config)
         if self._before is None:
             del os.environ["XDG_RUNTIME_DIR"]
         else:

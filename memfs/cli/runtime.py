@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from memfs.cli import output, targets
 from memfs.config import Config
-from memfs.errors import RuntimeUnavailable
+from memfs.runtime import client
 from memfs.runtime.protocol import socket_path
 
 HELP = "start, stop or prepare the resident model"
@@ -20,8 +19,6 @@ examples:
 
 A runtime is also started by the first question, or the first read of a KV cache.
 """
-
-STOP_SECONDS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
         from memfs.runtime import daemon
 
         return daemon.run(config, socket_path(config))
-    with targets.runtime(config) as client:
-        facts = client.call("status")
+    with targets.runtime(config) as connection:
+        facts = connection.call("status")
     if args.json:
         output.print_json(facts)
     else:
@@ -78,22 +75,9 @@ def _prepare(config: Config, *, as_json: bool) -> int:
 
 
 def _stop(config: Config, *, as_json: bool) -> int:
-    client = targets.running(config)
-    if client is not None:
-        with client:
-            client.call("stop")
-        _wait_until_gone(config)
+    stopped = client.stop(config)
     if as_json:
-        output.print_json({"stopped": client is not None})
+        output.print_json({"stopped": stopped})
     else:
-        print("the runtime has stopped" if client else "no runtime is running")
+        print("the runtime has stopped" if stopped else "no runtime is running")
     return 0
-
-
-def _wait_until_gone(config: Config) -> None:
-    deadline = time.monotonic() + STOP_SECONDS
-    while time.monotonic() < deadline:
-        if not socket_path(config).exists():
-            return
-        time.sleep(0.02)
-    raise RuntimeUnavailable(f"it was told to stop and has not in {STOP_SECONDS} s")

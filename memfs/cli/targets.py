@@ -107,7 +107,7 @@ def runtime(config: Config, *, start: bool = True) -> RuntimeClient:
     with output.Progress() as progress:
         for event in client.stream("ready"):
             if event.get("event") == "loading":
-                progress.update(f"the model is loading: {event.get('step') or config.model}")
+                progress.update(f"the model is loading: {event['step']}")
     return client
 
 

@@ -22,7 +22,7 @@ from typing import TypeGuard
 
 import xxhash
 
-from memfs.cube.fingerprint import CHECKSUMS, FORMAT, require_fields
+from memfs.cube.fingerprint import CHECKSUMS, FORMAT, require_fields, require_model
 from memfs.errors import KVCorrupt
 
 TOKEN_IDS = "token_ids"
@@ -68,11 +68,15 @@ class Header:
         return sum(t.nbytes for name, t in self.tensors.items() if name != TOKEN_IDS)
 
 
-def read_header(fd: int) -> Header:
+def read_header(fd: int, model: Mapping[str, str] | None = None) -> Header:
     """The header of the open file, all of it checked against itself and against the file's size.
 
+    Args:
+        model: the resident model's part of the fingerprint, where it is to be compared: before
+            anything is believed, so that a refusal names the field and not what follows from it.
+
     Raises:
-        KVCorrupt: naming what is wrong. Nothing beyond the header is read.
+        KVCorrupt, KVForeign: naming what is wrong. Nothing beyond the header is read.
     """
     size = os.fstat(fd).st_size
     start = os.pread(fd, 8, 0)
@@ -98,6 +102,8 @@ def read_header(fd: int) -> Header:
     require_fields(fingerprint)
     if fingerprint["format"] != FORMAT:
         raise KVCorrupt(f"format is {fingerprint['format'][:40]!r}, not {FORMAT!r}")
+    if model is not None:
+        require_model(fingerprint, model)
     tensors = _tensors(raw, data_offset=8 + length, size=size)
     _check_shapes(fingerprint, tensors)
     return Header(fingerprint, tensors, _checksums(fingerprint, tensors), 8 + length)
@@ -208,7 +214,8 @@ def _check_shapes(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor])
             raise KVCorrupt(f"it has no tensor {name}")
         if (tensor.dtype, tensor.shape) != (kind, extents):
             raise KVCorrupt(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {kind} {list(extents)}"
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, where kv_heads, token_count, "
+                f"head_dim and dtype say {kind} {list(extents)}"
             )
 
 

@@ -23,6 +23,8 @@ from memfs.runtime.protocol import MAX_LINE, decode, encode, socket_path
 
 START_SECONDS = 10.0
 """How long a new daemon may take to answer its socket. It binds that before it loads anything."""
+STOP_SECONDS = 30.0
+"""How long one may take to end: it finishes the step it is in."""
 
 
 class RuntimeClient:
@@ -53,20 +55,13 @@ class RuntimeClient:
         self, op: str, *, timeout: float | None = None, **args: object
     ) -> Iterator[dict[str, Any]]:
         """The events of a request as they come; the last item is its final answer."""
-        self._socket.settimeout(timeout)
-        try:
-            self._socket.sendall(encode({"op": op, **args}))
-            while True:
-                message = decode(self._line())
-                if "error" in message:
-                    raise from_wire(message["error"])
-                if "ok" in message:
-                    yield dict(message["ok"]) if isinstance(message["ok"], dict) else {}
-                    return
-                yield message
-        except (OSError, InvalidRequest) as e:
-            self.close()
-            raise RuntimeUnavailable(f"the connection ended ({e})") from e
+        message = self._exchange(encode({"op": op, **args}), timeout)
+        while "event" in message:
+            yield message
+            message = self._exchange(b"", timeout)
+        if "error" in message:
+            raise from_wire(message["error"])
+        yield dict(message["ok"])
 
     def close(self) -> None:
         """Ends the connection, and with it what it has asked for."""
@@ -86,6 +81,16 @@ class RuntimeClient:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _exchange(self, request: bytes, timeout: float | None) -> dict[str, Any]:
+        """Sends what there is to send, and gives the next message."""
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.sendall(request)
+            return decode(self._line())
+        except (OSError, InvalidRequest) as e:
+            self.close()
+            raise RuntimeUnavailable(f"the connection ended ({e})") from e
 
     def _line(self) -> bytes:
         while b"\n" not in self._pending:
@@ -117,6 +122,26 @@ def connect(config: Config, *, start: bool) -> RuntimeClient:
             return RuntimeClient(path)
         except RuntimeUnavailable:
             return _start(config, path)
+
+
+def stop(config: Config) -> bool:
+    """Ends the runtime of this configuration's model, and waits; False where none was running.
+
+    Raises RuntimeUnavailable where it does not end.
+    """
+    path = socket_path(config)
+    try:
+        with RuntimeClient(path) as client:
+            client.call("stop", timeout=STOP_SECONDS)
+    except RuntimeUnavailable:
+        if not path.exists():
+            return False
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        if not path.exists():
+            return True
+        time.sleep(0.02)
+    raise RuntimeUnavailable(f"it was told to stop and has not in {STOP_SECONDS:.0f} s")
 
 
 def log_path(config: Config) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import xxhash
 
-from memfs.cube.fingerprint import CHECKSUMS, require_model, require_text
+from memfs.cube.fingerprint import CHECKSUMS, require_text
 from memfs.cube.kvfile import (
     DTYPES,
     TOKEN_IDS,
@@ -64,8 +64,7 @@ def fit(fd: int, model: Mapping[str, str], payload_sha256: str | None) -> Header
     Raises:
         KVCorrupt, KVForeign, KVStale: naming the first field that is not right.
     """
-    header = read_header(fd)
-    require_model(header.fingerprint, model)
+    header = read_header(fd, model)
     if payload_sha256 is not None:
         require_text(header.fingerprint, payload_sha256)
     return header

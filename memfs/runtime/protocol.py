@@ -16,6 +16,7 @@ import socket
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from memfs.config import DEFAULT_MODEL, Config, runtime_dir
 from memfs.errors import InvalidRequest
@@ -45,7 +46,7 @@ def encode(message: Mapping[str, object]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
-def decode(line: bytes) -> dict[str, object]:
+def decode(line: bytes) -> dict[str, Any]:
     """The message in a line. Raises InvalidRequest where it is not a JSON object."""
     try:
         message = json.loads(line)

@@ -34,8 +34,8 @@ class Server:
     async def serve(self, listening: socket.socket) -> None:
         """Accepts until ``stopped`` is set."""
         server = await asyncio.start_unix_server(self._connection, sock=listening, limit=MAX_LINE)
-        async with server:
-            await self.stopped.wait()
+        await self.stopped.wait()
+        server.close()  # not waited for: clients may keep their connections open
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = peer_of(writer.get_extra_info("socket"))
@@ -61,23 +61,19 @@ class Server:
     ) -> None:
         try:
             request = decode(data)
-            final: dict[str, Any] = {}
-            pending = False
-            async for event in self._run(request, self._caller(request, peer), peer[1]):
-                if pending:
-                    writer.write(encode(final))
-                    await writer.drain()
-                final, pending = event, True
-            reply: dict[str, object] = {"ok": final}
+            async for line in self._run(request, self._caller(request, peer), peer[1]):
+                writer.write(encode(line))
+                await writer.drain()
+            return
         except MemfsError as e:
-            reply = {"error": e.to_wire()}
+            error = e
         except OSError as e:
             where = f"{e.filename}: " if isinstance(e.filename, str) else ""
-            reply = {"error": MemfsError(f"{where}{e.strerror or e}").to_wire()}
+            error = MemfsError(f"{where}{e.strerror or e}")
         except Exception as e:  # one bad request must not end the daemon
             log.exception("a request failed")
-            reply = {"error": MemfsError(f"{type(e).__name__}: {e}").to_wire()}
-        writer.write(encode(reply))
+            error = MemfsError(f"{type(e).__name__}: {e}")
+        writer.write(encode({"error": error.to_wire()}))
         await writer.drain()
 
     def _caller(self, request: Request, peer: tuple[int, int, int]) -> Caller:
@@ -92,26 +88,28 @@ class Server:
     async def _run(  # noqa: PLR0912  one branch an operation
         self, request: Request, caller: Caller, peer_uid: int
     ) -> AsyncIterator[dict[str, Any]]:
-        """The events of a request; the last is its final answer."""
+        """The lines that answer a request: events, and ``{"ok": …}`` in the end."""
         service, op = self._service, request.get("op")
         if op == "hello":
-            yield service.hello()
+            yield {"ok": service.hello()}
         elif op == "ready":
             async for event in service.ready():
                 yield event
         elif op == "status":
-            yield service.status()
+            yield {"ok": service.status()}
         elif op == "mount":
             kind, pin = str(request.get("kind", "kv")), bool(request.get("pin"))
-            yield await service.mount(caller, self._cube(request), kind, pin)
+            yield {"ok": await service.mount(caller, self._cube(request), kind, pin)}
         elif op == "unmount":
             cube = self._cube(request) if request.get("path") is not None else None
-            yield await service.unmount(caller, cube)
+            yield {"ok": await service.unmount(caller, cube)}
         elif op == "changed":
-            yield await service.changed(self._cube(request))
+            await service.changed(self._cube(request))
+            yield {"ok": {}}
         elif op == "moved":
             old, new = self._cube(request, "old"), self._cube(request, "new")
-            yield service.moved(str(old.store.root), old.path, new.path)
+            service.moved(str(old.store.root), old.path, new.path)
+            yield {"ok": {}}
         elif op == "encode":
             mount, force = bool(request.get("mount")), bool(request.get("force"))
             async for event in service.encode(
@@ -128,7 +126,7 @@ class Server:
             if peer_uid not in (0, self._own_uid):
                 raise NotAllowed("only the daemon's own user may stop it")
             self.stopped.set()
-            yield {}
+            yield {"ok": {}}
         else:
             raise InvalidRequest(f"there is no operation {op!r}")
 

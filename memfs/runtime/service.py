@@ -87,7 +87,8 @@ class Service:
         self._worker.close()
         self._io.shutdown(wait=False, cancel_futures=True)
 
-    # Operations. ``caller`` is who the kernel says it is; the rest is what the request says.
+    # Operations. ``caller`` is who the kernel says it is; the rest is what the request says. Those
+    # that take a while yield events, and {"ok": …} in the end.
 
     def hello(self) -> dict[str, Any]:
         """Whether the model is ready, and what it is."""
@@ -100,7 +101,7 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ready.wait(), LOADING_SECONDS)
         await self._mounted_set()
-        yield self.hello()
+        yield {"ok": self.hello()}
 
     def status(self) -> dict[str, Any]:
         """Everything there is to see, at once, also while the model loads."""
@@ -147,17 +148,15 @@ class Service:
             raise NotFound(f"{cube.path} is not mounted in the model")
         return {"unmounted": gone}
 
-    async def changed(self, cube: Cube) -> dict[str, Any]:
+    async def changed(self, cube: Cube) -> None:
         """A file of a cube changed: what no longer fits is unmounted at once."""
         if self._mounted:
             await self._mounted.recheck(cube)
-        return {}
 
-    def moved(self, root: str, old: str, new: str) -> dict[str, Any]:
+    def moved(self, root: str, old: str, new: str) -> None:
         """A cube, or a collection of them, was renamed."""
         if self._mounted:
             self._mounted.moved(root, old, new)
-        return {}
 
     async def encode(self, caller: Caller, cube: Cube, *, mount: bool, force: bool) -> Events:
         """Makes ``kv.safetensors`` from the payload; progress, then what was done."""
@@ -170,10 +169,12 @@ class Service:
 
         key = f"{cube.key}\0{text.sha256}\0{force}"
         async for event in self._encodings.run(key, work):
-            if event["event"] == "done" and mount:
-                entry = await mounted.mount(cube, caller.uid)
-                event = {**event, "mounted": entry.tokens}  # noqa: PLW2901  for this listener alone
-            yield event
+            if event["event"] == "progress":
+                yield event
+                continue
+            if mount:
+                await mounted.mount(cube, caller.uid)
+            yield {"ok": event}
 
     async def ask(
         self, caller: Caller, cubes: list[Cube] | None, question: str, *, kv: bool, limit: int
@@ -212,7 +213,7 @@ class Service:
                 raise
             assert job.result is not None
             self._after(mounted, caller, named, key, job.result)
-            yield job.result.report
+            yield {"ok": job.result.report}
         finally:
             for entry in entries:
                 entry.users -= 1

@@ -1,0 +1,241 @@
+"""A KV cache that does not fit exactly is refused, by name of what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memfs.cube.fingerprint import CHECKSUMS, MODEL_FIELDS, TEXT_FIELDS
+from memfs.errors import KVCorrupt, KVForeign, KVStale, Refused
+from memfs.runtime import kv_store
+from memfs.runtime.client import RuntimeClient
+from memfs.runtime.encoding import prefill
+from memfs.runtime.resident import Resident
+
+from .conftest import Shop, ask, how, prose, run_all
+
+SHA = "a" * 64
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_model_dir: Path, load_model: Callable[[Path], Resident]) -> Resident:
+    return load_model(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def good(resident: Resident, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A whole and fitting file."""
+    path = tmp_path_factory.mktemp("good") / "kv.safetensors"
+    made = run_all(prefill(resident, prose(60), None))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    kv_store.write(fd, made.cache, resident, made.ids, SHA)
+    os.close(fd)
+    return path.read_bytes()
+
+
+def read(resident: Resident, path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        kv_store.read(fd, resident, SHA)
+    finally:
+        os.close(fd)
+
+
+def with_header(data: bytes, change: Callable[[dict], None]) -> bytes:
+    """The file with its header changed, its tensors as they were."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def test_the_good_file_is_read(resident: Resident, good: bytes, tmp_path: Path) -> None:
+    read(resident, tmp_path / "kv", good)
+
+
+@pytest.mark.parametrize("field", [*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS])
+@pytest.mark.parametrize("how_changed", ["other", "empty", "missing"])
+def test_every_field_is_checked(
+    resident: Resident, good: bytes, tmp_path: Path, field: str, how_changed: str
+) -> None:
+    def change(header: dict) -> None:
+        metadata = header["__metadata__"]
+        if how_changed == "missing":
+            del metadata[field]
+        elif how_changed == "empty":
+            metadata[field] = ""
+        else:
+            metadata[field] = "1" + metadata[field][1:] if metadata[field][0] != "1" else "2"
+
+    with pytest.raises(Refused, match=field):
+        read(resident, tmp_path / "kv", with_header(good, change))
+
+
+def test_another_models_file_is_foreign(
+    resident: Resident,
+    tiny_qwen_dir: Path,
+    load_model: Callable[[Path], Resident],
+    good: bytes,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(KVForeign, match="weights_sha256"):
+        read(load_model(tiny_qwen_dir), tmp_path / "kv", good)
+
+
+def test_another_texts_file_is_stale(resident: Resident, good: bytes, tmp_path: Path) -> None:
+    (tmp_path / "kv").write_bytes(good)
+    fd = os.open(tmp_path / "kv", os.O_RDONLY)
+    with pytest.raises(KVStale, match="payload_sha256"):
+        kv_store.read(fd, resident, "b" * 64)
+    os.close(fd)
+
+
+def test_every_tensor_is_checked(resident: Resident, good: bytes, tmp_path: Path) -> None:
+    (length,) = struct.unpack("<Q", good[:8])
+    header = json.loads(good[8 : 8 + length])
+    del header["__metadata__"]
+    for name, entry in header.items():
+        for at in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
+            damaged = bytearray(good)
+            damaged[8 + length + at] ^= 0x10
+            with pytest.raises(KVCorrupt, match=name):
+                read(resident, tmp_path / "kv", bytes(damaged))
+
+
+HOSTILE = {
+    "gap": lambda h: h["layers.001"].update(data_offsets=[0, 8]),
+    "negative": lambda h: h["layers.000"].update(data_offsets=[-8, 0]),
+    "huge": lambda h: h["layers.000"].update(shape=[2, 2, 1 << 60, 16]),
+    "float shape": lambda h: h["layers.000"].update(shape=[2, 2, 1.5, 16]),
+    "true shape": lambda h: h["layers.000"].update(shape=[True, 2, 2, 16]),
+    "dtype": lambda h: h["layers.000"].update(dtype="I64"),
+    "unhashable dtype": lambda h: h["layers.000"].update(dtype=["F32"]),
+    "transposed": lambda h: h["layers.000"].update(shape=h["layers.000"]["shape"][::-1]),
+    "no layer": lambda h: h.pop("layers.001"),
+    "one more": lambda h: h.update(extra={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
+    "not an object": lambda h: h.update({"layers.000": 7}),
+    "no metadata": lambda h: h.pop("__metadata__"),
+    "metadata of numbers": lambda h: h["__metadata__"].update(layers=2),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_lying_header_is_refused(
+    resident: Resident, good: bytes, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(KVCorrupt):
+        read(resident, tmp_path / "kv", with_header(good, HOSTILE[name]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00" * 7,
+        struct.pack("<Q", 100 << 20) + b"{}",
+        struct.pack("<Q", 1 << 63),
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 6) + b"{}",
+        struct.pack("<Q", 3) + b"\xff\xfe\xfd",
+        struct.pack("<Q", 200000) + b"[" * 200000,
+    ],
+    ids=["empty", "short", "100 MB", "2^63", "list", "cut", "not UTF-8", "deep"],
+)
+def test_what_is_no_safetensors_file_is_refused(
+    resident: Resident, tmp_path: Path, data: bytes
+) -> None:
+    with pytest.raises(KVCorrupt):
+        read(resident, tmp_path / "kv", data)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_refused(
+    resident: Resident, good: bytes, tmp_path: Path, data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, len(good) - 1))
+    damaged = bytearray(good)
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "zero"]))
+    if kind == "flip":
+        damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del damaged[at:]
+    elif kind == "insert":
+        damaged.insert(at, data.draw(st.integers(0, 255)))
+    else:
+        damaged[at : at + 64] = bytes(len(damaged[at : at + 64]))
+    if bytes(damaged) == good or _same_meaning(bytes(damaged), good):
+        return
+    with pytest.raises(Refused):
+        read(resident, tmp_path / "kv", bytes(damaged))
+
+
+def _same_meaning(damaged: bytes, good: bytes) -> bool:
+    """Whether the change left every byte of data and the header's JSON as they were."""
+    try:
+        (length,) = struct.unpack("<Q", damaged[:8])
+        (was,) = struct.unpack("<Q", good[:8])
+        same = json.loads(damaged[8 : 8 + length]) == json.loads(good[8 : 8 + was])
+    except (ValueError, struct.error, UnicodeDecodeError):
+        return False
+    return same and damaged[8 + length :] == good[8 + was :]
+
+
+# Through the daemon: the refusal names the field, and the answer comes from the text.
+
+
+def refused(client: RuntimeClient, cube: dict[str, str], name: str) -> None:
+    with pytest.raises(Refused, match=name):
+        client.call("mount", **cube)
+    report = ask(client, [cube])
+    assert how(report) == ["text"]
+    assert name in report["cubes"][0]["why"]
+    assert any(name in line["reason"] for line in client.call("status")["refusals"])
+
+
+def test_the_daemon_answers_from_the_text(runtime: RuntimeClient, shop: Shop) -> None:
+    cube = shop.cube("a", prose(80))
+    expected = ask(runtime, [cube])["answer"]
+    runtime.call("encode", **cube)
+    assert how(ask(runtime, [cube])) == ["kv"]
+    good = shop.kv("a").read_bytes()
+    (length,) = struct.unpack("<Q", good[:8])
+
+    for field in (*MODEL_FIELDS, "payload_sha256", "token_ids_sha256"):
+        changed = with_header(good, lambda h, f=field: h["__metadata__"].update({f: "9"}))
+        shop.kv("a").write_bytes(changed)
+        refused(runtime, cube, field)
+    flipped = bytearray(good)
+    flipped[8 + length + 5000] ^= 1
+    shop.kv("a").write_bytes(bytes(flipped))
+    refused(runtime, cube, "layers.000")
+    shop.kv("a").write_bytes(good[:-100])
+    refused(runtime, cube, "bytes long")
+
+    shop.kv("a").write_bytes(good)
+    report = ask(runtime, [cube])
+    assert how(report) == ["kv"]
+    assert report["answer"] == expected
+
+
+def test_files_swapped_between_cubes_are_refused(runtime: RuntimeClient, shop: Shop) -> None:
+    one, other = shop.cube("a", prose(50, 1)), shop.cube("b", prose(50, 2))
+    for cube in (one, other):
+        runtime.call("encode", **cube)
+        runtime.call("mount", **cube)
+    first, second = shop.kv("a"), shop.kv("b")
+    first.rename(first.with_name("x"))
+    second.rename(first)
+    first.with_name("x").rename(second)
+    for cube in (one, other):
+        refused(runtime, cube, "payload_sha256")
