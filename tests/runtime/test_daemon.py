@@ -396,6 +396,8 @@ def test_killed_while_answering_the_next_one_starts_it_again(
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(RuntimeUnavailable):
             list(encode)
+    while Path(f"/proc/{pid}").exists():  # its sockets go one after another
+        time.sleep(0.01)
     assert not shop.kv("a").exists(), "the file is there whole or not at all"
     with pytest.raises(RuntimeUnavailable):
         connect(config, start=False)
