@@ -6,13 +6,17 @@ that the default model is fetched and converted once and not once a session.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS
 
 # One thread a process, before torch is first imported: tests start several processes, and two that
 # compute at once on the same cores are many times slower than one after the other.
@@ -98,3 +102,48 @@ def _saved(model_class: type, config: object, tokenizer_from: Path, directory: P
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer_from / name, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def make_kv() -> Callable[..., bytes]:
+    """``make_kv(payload, **fields)``: a small, whole kv.safetensors for a text, no model needed.
+
+    The fixture ``kv_model`` is the model it fits, but for the fields that are given.
+    """
+    import numpy as np
+    import xxhash
+    from safetensors.numpy import save
+
+    from memfs.cube import kvfile
+    from memfs.cube.fingerprint import CHECKSUMS
+
+    def make(payload: bytes, **fields: str) -> bytes:
+        data = {
+            kvfile.layer_name(i): np.full((2, 1, 3, 2), i, np.float32)
+            for i in range(int(KV_MODEL["layers"]))
+        } | {kvfile.TOKEN_IDS: np.arange(3, dtype=np.int32)}
+        sums = {name: xxhash.xxh3_64_hexdigest(array.tobytes()) for name, array in data.items()}
+        text = {
+            "token_count": "3",
+            "token_ids_sha256": hashlib.sha256(data[kvfile.TOKEN_IDS].tobytes()).hexdigest(),
+            "payload_sha256": hashlib.sha256(payload).hexdigest(),
+        }
+        return save(data, {CHECKSUMS: json.dumps(sums)} | KV_MODEL | text | fields)
+
+    return make
+
+
+@pytest.fixture
+def kv_model() -> dict[str, str]:
+    """The model's part of the fingerprint of what ``make_kv`` makes."""
+    return dict(KV_MODEL)
+
+
+KV_MODEL = dict.fromkeys(MODEL_FIELDS, "of a test") | {
+    "format": FORMAT,
+    "layers": "2",
+    "kv_heads": "1",
+    "head_dim": "2",
+    "base_position": "0",
+    "dtype": "float32",
+}

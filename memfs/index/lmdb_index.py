@@ -66,6 +66,12 @@ class Index(CubeTable, UsageTable, EventTable):
         if self._temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
 
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def sync(self) -> None:
         """Flushes to the disk what was committed."""
         self._env.sync()

@@ -126,7 +126,7 @@ def inspect(
     *,
     check_kv: bool = True,
 ) -> CubeFacts | None:
-    """The facts of the cube at ``path``; None where there is no cube.
+    """The facts of the cube at ``path``; None where there is none, or none that we may look into.
 
     Args:
         previous: what was known of it; files whose Sig is the same are not read again.
@@ -139,7 +139,7 @@ def inspect(
     try:
         directory = store.open_dir(path)
     except OSError as e:
-        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES):
             return None
         raise
     try:
@@ -229,7 +229,7 @@ def _judge_adapter(facts: CubeFacts) -> CubeFacts:
 def _status(directory: int, name: str) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
 
 
