@@ -150,10 +150,11 @@ def _command(what: str, directory: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the memfs that is running found first."""
-    ours = os.fspath(Path(memfs.__file__).parent.parent)
-    others = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{ours}{os.pathsep}{others}" if others else ours}
+    """Ours, with the memfs that is running found first, and nothing by where we are."""
+    ours = os.fspath(Path(memfs.__file__).resolve().parent.parent)
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [ours, *(path for path in others if os.path.isabs(path))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 if __name__ == "__main__":

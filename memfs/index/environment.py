@@ -147,11 +147,13 @@ class Environment:
     def walk_pages(self) -> None:
         """Reads every page there is and raises IndexDamaged where the tree does not add up."""
         with open(os.devnull, "wb") as nowhere, self._lock, _own_errors():
+            self._require_open()
             self._env.copyfd(nowhere.fileno(), compact=True)
 
     def sync(self) -> None:
-        """Flushes everything committed to the disk; other threads go on meanwhile."""
-        with _own_errors():
+        """Flushes everything committed to the disk."""
+        with self._lock, _own_errors():
+            self._require_open()
             self._env.sync(True)
 
     def close(self) -> None:
@@ -159,13 +161,13 @@ class Environment:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
             if not self.read_only:
                 try:
                     self.sync()
                     (self.directory / UNCLEAN).unlink(missing_ok=True)
                 except (OSError, IndexDamaged):
                     pass  # it stays marked: not trusted after a reboot
+            self._closed = True
             self._env.close()
 
     @contextlib.contextmanager
@@ -183,9 +185,8 @@ class Environment:
 
     def _run(self, body: Callable[[Txn], T], *, write: bool) -> T:
         with self._lock:
+            self._require_open()
             while True:
-                if self._closed:
-                    raise OSError(errno.EBADF, "it is closed", "index")
                 try:
                     with _own_errors(), self._env.begin(write=write) as txn:
                         return body(txn)
@@ -195,6 +196,10 @@ class Environment:
                 except _Resized:
                     with _own_errors():
                         self._env.set_mapsize(0)  # as large as another process made it
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise OSError(errno.EBADF, "it is closed", "index")
 
     def _mark_unclean(self) -> None:
         (self.directory / UNCLEAN).unlink(missing_ok=True)  # it may be another user's
