@@ -1,0 +1,54 @@
+"""The status of a file that memfs makes up or alters. Used by the tree; immutable, any thread."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """The fields of ``os.stat_result`` that a mount answers with, by the same names."""
+
+    st_mode: int
+    st_ino: int
+    st_nlink: int = 1
+    st_uid: int = 0
+    st_gid: int = 0
+    st_rdev: int = 0
+    st_size: int = 0
+    st_blksize: int = 4096
+    st_blocks: int = 0
+    st_atime_ns: int = 0
+    st_mtime_ns: int = 0
+    st_ctime_ns: int = 0
+
+
+Status = os.stat_result | Attributes
+
+_FIELDS = tuple(field.name for field in fields(Attributes))
+
+
+def altered(found: Status, **changes: int) -> Attributes:
+    """``found`` with some fields changed."""
+    return Attributes(**({name: getattr(found, name) for name in _FIELDS} | changes))
+
+
+def shown_as(found: Status, size: int) -> Attributes:
+    """``found`` for a file that reads as ``size`` bytes, whatever it is on disk."""
+    return altered(found, st_size=size, st_blocks=(size + 511) // 512)
+
+
+def regular(mode: int, ino: int, size: int, seconds: float = 0.0) -> Attributes:
+    """An ordinary file of root's that stands nowhere on disk."""
+    when = int(seconds * 1e9)
+    return Attributes(
+        st_mode=stat.S_IFREG | mode,
+        st_ino=ino,
+        st_size=size,
+        st_blocks=(size + 511) // 512,
+        st_atime_ns=when,
+        st_mtime_ns=when,
+        st_ctime_ns=when,
+    )

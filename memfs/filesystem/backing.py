@@ -1,0 +1,265 @@
+"""The store's files as the mount works on them: one system call a verb, by directory descriptor.
+
+Nothing here knows what a cube is. A file that is being written beside its place (see ``staged``),
+or that was unlinked while open, lies under another name than the mount shows: ``elsewhere`` says
+where, and every verb on a path goes there. Used by the tree and its handles; any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator
+
+from memfs.cube import layout
+from memfs.filesystem import syscalls
+from memfs.filesystem.context import Context
+from memfs.vault.publish import is_temporary
+from memfs.vault.store import Store
+
+HIDDEN_DIR = f"{layout.CONTROL}/unlinked"
+"""Where files stay that were unlinked while open; emptied at every mount."""
+
+_HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}")
+
+_DROPPED = os.O_DIRECT | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOCTTY
+"""Flags of an open that are not the backing file's: the kernel has acted on them already, and with
+O_APPEND ``pwrite`` would ignore its offset."""
+
+
+class Backing:
+    """The verbs. All of them raise OSError."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.elsewhere: dict[str, str] = {}
+        """A path of the mount, and the path in the store that its file has for now."""
+        self.moving = threading.RLock()
+        """Held while a name in ``elsewhere`` comes, goes or is used to rename, and while a
+        directory is renamed: a file must not be put into its place through a path that no longer
+        is.
+        """
+
+    @contextlib.contextmanager
+    def at(self, path: str) -> Iterator[tuple[int, str]]:
+        """A descriptor of the directory that a file is in, and its name there."""
+        parent, name = layout.split(self.elsewhere.get(path, path))
+        fd = self.store.open_dir(parent)
+        try:
+            yield fd, name or "."
+        finally:
+            os.close(fd)
+
+    def status(self, path: str) -> os.stat_result:
+        return self.store.stat(self.elsewhere.get(path, path))
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.status(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def open(self, path: str, flags: int) -> int:
+        """A descriptor; one to be written can be read too, as the kernel fills pages around a
+        write.
+        """
+        flags &= ~_DROPPED
+        if flags & os.O_ACCMODE == os.O_WRONLY:
+            flags = flags & ~os.O_ACCMODE | os.O_RDWR
+        path = self.elsewhere.get(path, path)
+        try:
+            return self.store.open_file(path, flags)
+        except PermissionError:
+            # A file that may be written but not read, on a mount that is not root's; or an
+            # O_NOATIME that the kernel gives only to the owner.
+            if flags & os.O_ACCMODE == os.O_RDWR:
+                flags = flags & ~os.O_ACCMODE | os.O_WRONLY
+            return self.store.open_file(path, flags & ~os.O_NOATIME)
+
+    def create(self, path: str, mode: int, context: Context) -> int:
+        """A descriptor of a new, empty file that belongs to the caller."""
+        with self.at(path) as (parent, name):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(name, flags, stat.S_IMODE(mode), dir_fd=parent)
+            try:
+                give(fd, parent, context)
+            except BaseException:
+                os.close(fd)
+                raise
+            return fd
+
+    def mkdir(self, path: str, mode: int, context: Context) -> None:
+        with self.at(path) as (parent, name):
+            os.mkdir(name, stat.S_IMODE(mode), dir_fd=parent)
+            _give_name(parent, name, context)
+
+    def mknod(self, path: str, mode: int, device: int, context: Context) -> None:
+        with self.at(path) as (parent, name):
+            os.mknod(name, mode, device, dir_fd=parent)
+            _give_name(parent, name, context)
+
+    def symlink(self, path: str, target: str, context: Context) -> None:
+        with self.at(path) as (parent, name):
+            os.symlink(target, name, dir_fd=parent)
+            _give_name(parent, name, context)
+
+    def link(self, old: str, new: str) -> None:
+        with self.at(old) as (source, old_name), self.at(new) as (parent, name):
+            os.link(old_name, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+
+    def readlink(self, path: str) -> str:
+        with self.at(path) as (parent, name):
+            return os.readlink(name, dir_fd=parent)
+
+    def unlink(self, path: str) -> None:
+        with self.at(path) as (parent, name):
+            os.unlink(name, dir_fd=parent)
+
+    def rmdir(self, path: str) -> None:
+        with self.at(path) as (parent, name):
+            os.rmdir(name, dir_fd=parent)
+
+    def rename(self, old: str, new: str, flags: int = 0) -> None:
+        with self.at(old) as (source, old_name), self.at(new) as (parent, name):
+            if flags:
+                syscalls.renameat2(source, old_name, parent, name, flags)
+            else:
+                os.rename(old_name, name, src_dir_fd=source, dst_dir_fd=parent)
+
+    def moved(self, old: str, new: str) -> None:
+        """A directory was renamed, and with it the paths of what lies elsewhere below it."""
+        self.elsewhere = {
+            _after(shown, old, new): _after(real, old, new)
+            for shown, real in self.elsewhere.items()
+        }
+
+    def chmod(self, path: str, mode: int) -> None:
+        with self._reference(path) as reference:
+            os.chmod(reference, stat.S_IMODE(mode))
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        with self.at(path) as (parent, name):
+            os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+
+    def utimens(self, path: str, accessed: syscalls.Time, modified: syscalls.Time) -> None:
+        with self.at(path) as (parent, name):
+            syscalls.utimensat(parent, name, accessed, modified)
+
+    def truncate(self, path: str, length: int) -> None:
+        fd = self.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.ftruncate(fd, length)
+        finally:
+            os.close(fd)
+
+    def statfs(self) -> os.statvfs_result:
+        return os.fstatvfs(self.store.fd)
+
+    def getxattr(self, path: str, name: str) -> bytes:
+        with self.at(path) as (parent, last):
+            return os.getxattr(_below(parent, last), name, follow_symlinks=False)
+
+    def listxattr(self, path: str) -> list[str]:
+        with self.at(path) as (parent, last):
+            return os.listxattr(_below(parent, last), follow_symlinks=False)
+
+    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
+        with self.at(path) as (parent, last):
+            os.setxattr(_below(parent, last), name, value, flags, follow_symlinks=False)
+
+    def removexattr(self, path: str, name: str) -> None:
+        with self.at(path) as (parent, last):
+            os.removexattr(_below(parent, last), name, follow_symlinks=False)
+
+    def listing(self, fd: int, path: str) -> Iterator[tuple[str, int, int]]:
+        """Name, kind (as in st_mode) and inode of everything in an open directory of the store.
+
+        memfs's own files are left out; a file that is being written beside its place is in.
+        """
+        aside = {
+            layout.split(shown)[1]: real
+            for shown, real in list(self.elsewhere.items())
+            if layout.split(shown)[0] == path and not is_hidden(shown)
+        }
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if not is_reserved(layout.join(path, entry.name)):
+                    aside.pop(entry.name, None)
+                    yield entry.name, _kind(entry), entry.inode()
+        for name, real in aside.items():
+            try:
+                found = self.store.stat(real)
+            except FileNotFoundError:
+                continue
+            yield name, stat.S_IFMT(found.st_mode), found.st_ino
+
+    @contextlib.contextmanager
+    def _reference(self, path: str) -> Iterator[str]:
+        """A path that names this very file, never what a symlink there points to."""
+        with self.at(path) as (parent, name):
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            yield f"/proc/self/fd/{fd}"
+        finally:
+            os.close(fd)
+
+
+def is_reserved(path: str) -> bool:
+    """Whether a name is memfs's own: never shown, and not to be made by anybody else."""
+    return path == layout.CONTROL or is_temporary(layout.split(path)[1])
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a name is libfuse's for a file that was unlinked while it was open."""
+    return _HIDDEN.fullmatch(layout.split(path)[1]) is not None
+
+
+def give(fd: int, parent: int, context: Context) -> None:
+    """Gives an open file that this process made in the directory ``parent`` to the caller."""
+    found = os.fstat(fd)
+    uid, gid = _owner(found, os.fstat(parent), context)
+    if (uid, gid) != (found.st_uid, found.st_gid):
+        os.fchown(fd, uid, gid)
+        os.fchmod(fd, stat.S_IMODE(found.st_mode))  # chown took the setuid and setgid bits
+
+
+def _give_name(parent: int, name: str, context: Context) -> None:
+    found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    uid, gid = _owner(found, os.fstat(parent), context)
+    if (uid, gid) != (found.st_uid, found.st_gid):
+        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+
+
+def _owner(found: os.stat_result, parent: os.stat_result, context: Context) -> tuple[int, int]:
+    """Owner and group that a new file should have. Only root's mount makes files for others."""
+    if os.geteuid() != 0:
+        return found.st_uid, found.st_gid
+    inherited = bool(parent.st_mode & stat.S_ISGID)
+    return context.uid, found.st_gid if inherited else context.gid
+
+
+def _after(path: str, old: str, new: str) -> str:
+    """Where ``path`` is once ``old`` has become ``new``."""
+    return new + path[len(old) :] if path.startswith(old + "/") else path
+
+
+def _below(parent: int, name: str) -> str:
+    return f"/proc/self/fd/{parent}/{name}"
+
+
+def _kind(entry: os.DirEntry[str]) -> int:
+    """The file type bits of an entry, from the listing itself where the filesystem says them."""
+    if entry.is_symlink():
+        return stat.S_IFLNK
+    if entry.is_dir(follow_symlinks=False):
+        return stat.S_IFDIR
+    if entry.is_file(follow_symlinks=False):
+        return stat.S_IFREG
+    try:
+        return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return stat.S_IFREG

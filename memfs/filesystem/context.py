@@ -1,0 +1,117 @@
+"""Who asks for a file operation, and what it is really doing. Used by the tree; any thread.
+
+FUSE tells a lookup apart from nothing: a program that is about to *create* ``kv.safetensors`` asks
+first whether it is there, and the kernel fails the creation where the answer is yes. For names that
+memfs itself brings up (a KV cache that could be made, a header that was just made) the answer has
+to depend on the intent, so the system call that the asking thread is in is read from ``/proc``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import struct
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Context(NamedTuple):
+    """The thread that asks. In a ``release`` all numbers are 0."""
+
+    uid: int
+    gid: int
+    pid: int
+    """Its thread id, which is also its process id in programs of one thread."""
+    interrupted: Callable[[], bool]
+    """Whether the caller was sent a signal and waits no longer. To be asked in this very thread."""
+
+
+class _Opens(NamedTuple):
+    """System call numbers that open files; None where the machine has no such call."""
+
+    open: int | None
+    openat: int
+    openat2: int = 437
+
+
+_BY_MACHINE = {
+    "x86_64": _Opens(2, 257),
+    "aarch64": _Opens(None, 56),
+    "riscv64": _Opens(None, 56),
+    "ppc64le": _Opens(5, 286),
+    "s390x": _Opens(5, 288),
+}
+_OPENS = _BY_MACHINE.get(platform.machine())
+
+_CREATORS = frozenset({"cp", "mv", "install"})
+"""Programs that create the files of a copied directory exclusively, by the names the kernel knows.
+"""
+
+_TRIES = 20
+_PAUSE = 0.0002
+"""The asking thread may be still on its way to sleep: then the kernel calls it running."""
+
+
+def creates(pid: int) -> bool | None:
+    """Whether the thread is inside an ``open`` that must make a new file (``O_CREAT | O_EXCL``).
+
+    None where that may not be known: another user's thread, or a system that restricts ptrace.
+    """
+    if _OPENS is None:
+        return None
+    for _ in range(_TRIES):
+        try:
+            with open(f"/proc/{pid}/syscall", "rb") as file:
+                words = file.read().split()
+        except OSError:
+            return None
+        if words and words[0] != b"running":
+            break
+        time.sleep(_PAUSE)
+    else:
+        return None
+    flags = _open_flags(pid, words)
+    return flags & os.O_CREAT != 0 and flags & os.O_EXCL != 0
+
+
+def likely_creates(pid: int) -> bool:
+    """A guess for where ``creates`` cannot know: the program is one that copies."""
+    return program(pid) in _CREATORS
+
+
+def program(pid: int) -> str:
+    """The name of the program that a thread runs; "" where it has ended."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def _open_flags(pid: int, words: list[bytes]) -> int:
+    """Flags of the open that a ``/proc/PID/syscall`` line describes; 0 where it is none."""
+    assert _OPENS is not None
+    number = int(words[0])
+    if number < 0 or len(words) < 4:
+        return 0
+    if number == _OPENS.open:
+        return int(words[2], 16)
+    if number == _OPENS.openat:
+        return int(words[3], 16)
+    if number == _OPENS.openat2:
+        return _pointed_at(pid, int(words[3], 16))
+    return 0
+
+
+def _pointed_at(pid: int, address: int) -> int:
+    """The flags of ``openat2``: the first 64 bits of a struct in the caller's memory."""
+    try:
+        fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raw = os.pread(fd, 8, address)
+        finally:
+            os.close(fd)
+    except OSError:
+        return 0
+    return int(struct.unpack("=Q", raw)[0]) if len(raw) == 8 else 0

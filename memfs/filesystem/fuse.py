@@ -1,0 +1,330 @@
+# ruff: noqa: ARG002  callbacks take all that FUSE gives
+"""The thin adapter between the tree and FUSE: libfuse 3 through mfusepy, imported here alone.
+
+mfusepy's own wrappers are kept where they pass on all that the kernel says. Those that drop a file
+handle or a flag, or copy what could be read in place, are overridden in ``_Session``.
+
+Neither ``lseek`` nor ``copy_file_range`` is defined (mfusepy cannot mount with them), nor locks,
+which the kernel then keeps by itself. Every callback runs in a thread of libfuse's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from memfs.errors import MemfsError, MountFailed
+from memfs.filesystem.attributes import Status
+from memfs.filesystem.context import Context
+from memfs.filesystem.handles import Handle
+from memfs.filesystem.tree import WAITERS, Tree
+
+log = logging.getLogger(__name__)
+
+_SONAMES = ("libfuse3.so.4", "libfuse3.so.3")
+_KILLPRIV = 1 << 20
+"""FUSE_CAP_HANDLE_KILLPRIV: that the file system clears setuid bits. The kernel does it better:
+root's mount writes with rights under which no file loses them.
+"""
+
+_UNCHANGED = 0xFFFFFFFF
+"""-1 as an unsigned user or group id."""
+
+
+def _load() -> None:
+    """Chooses libfuse 3, before mfusepy looks for a library by itself and finds libfuse 2."""
+    if os.environ.get("FUSE_LIBRARY_PATH"):
+        return
+    for name in _SONAMES:
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        os.environ["FUSE_LIBRARY_PATH"] = name
+        return
+    raise MountFailed("libfuse 3 is not installed; try: apt-get install fuse3")
+
+
+_load()
+
+import mfusepy  # noqa: E402  it loads the library as it is imported
+
+_get_context = mfusepy._libfuse.fuse_get_context
+_is_interrupted = mfusepy._libfuse.fuse_interrupted
+
+
+def context() -> Context:
+    """Who asks for the operation that the calling thread, one of libfuse's, is in."""
+    found = _get_context().contents
+    return Context(found.uid, found.gid, found.pid, _interrupted)
+
+
+def serve(
+    tree: Tree,
+    mountpoint: str,
+    options: dict[str, str | bool],
+    *,
+    started: Callable[[], None],
+    ended: Callable[[], None],
+) -> None:
+    """Mounts, and serves until the mount ends. In the main thread.
+
+    Args:
+        options: of the mount, as after ``-o``.
+        started: called when file operations are about to be answered.
+        ended: called when none comes any more.
+
+    Raises:
+        MountFailed: it could not be mounted; libfuse has said why on stderr.
+    """
+    if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
+        # Before, libfuse started as many threads as there was work for.
+        threads = str(2 * WAITERS)
+        options = {"max_threads": threads, "max_idle_threads": threads, **options}
+    callbacks = _Callbacks(tree, started, ended)
+    try:
+        _Session(
+            callbacks,
+            mountpoint,
+            raw_fi=True,
+            foreground=True,
+            encoding=sys.getfilesystemencoding(),
+            errors="surrogateescape",
+            default_permissions=True,
+            **options,
+        )
+    except RuntimeError as e:
+        raise MountFailed(f"libfuse gave up ({e})") from e
+    if callbacks.failure is not None:
+        raise callbacks.failure
+
+
+class _Callbacks(mfusepy.Operations):
+    """The operations as mfusepy calls them: paths begin with ``/``, handles are numbers."""
+
+    use_ns = True
+
+    def __init__(self, tree: Tree, started: Callable[[], None], ended: Callable[[], None]) -> None:
+        self.tree = tree
+        self.failure: Exception | None = None
+        self._handles = tree.handles
+        self._started = started
+        self._ended = ended
+
+    def init_with_config(self, connection: Any, config: Any) -> None:
+        # A file's status is asked for each time: what is changed beside the mount shows at once.
+        config.entry_timeout = config.negative_timeout = config.attr_timeout = 0.0
+        config.use_ino = 1
+        config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
+        connection.want &= ~_KILLPRIV
+        try:
+            self._started()
+        except Exception as e:  # noqa: BLE001  libfuse would go on without
+            self.failure = e
+            mfusepy.fuse_exit()
+
+    def destroy(self, path: str) -> None:
+        self._ended()
+
+    # Defined so that they are registered; _Session does them.
+
+    def getattr(self, path: str, fh: Any = None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    read = write = rename = chmod = chown = truncate = utimens = getattr
+
+    def readlink(self, path: str) -> str:
+        return self.tree.readlink(path[1:])
+
+    def mknod(self, path: str, mode: int, dev: int) -> None:
+        self.tree.names.mknod(path[1:], mode, dev)
+
+    def mkdir(self, path: str, mode: int) -> None:
+        self.tree.names.mkdir(path[1:], mode)
+
+    def unlink(self, path: str) -> None:
+        self.tree.names.unlink(path[1:])
+
+    def rmdir(self, path: str) -> None:
+        self.tree.names.rmdir(path[1:])
+
+    def symlink(self, target: str, source: str) -> None:
+        self.tree.names.symlink(target[1:], source)
+
+    def link(self, target: str, source: str) -> None:
+        self.tree.names.link(source[1:], target[1:])
+
+    def open(self, path: str, fi: Any) -> None:
+        self._opened(self.tree.opening.open(path[1:], fi.flags), fi)
+
+    def create(self, path: str, mode: int, fi: Any) -> None:
+        self._opened(self.tree.opening.create(path[1:], mode, fi.flags), fi)
+
+    def _opened(self, handle: Handle, fi: Any) -> None:
+        fi.direct_io = handle.direct_io
+        fi.keep_cache = handle.keep_cache
+        fi.fh = self._handles.add(handle)
+
+    def flush(self, path: str | None, fi: Any) -> None:
+        self._handles.get(fi.fh).flush()
+
+    def fsync(self, path: str | None, datasync: int, fi: Any) -> None:
+        self._handles.get(fi.fh).fsync(data_only=bool(datasync))
+
+    def release(self, path: str | None, fi: Any) -> None:
+        handle = self._handles.remove(fi.fh)
+        if handle is not None:
+            handle.release()
+
+    def fallocate(self, path: str | None, mode: int, offset: int, size: int, fi: Any) -> None:
+        self._handles.get(fi.fh).fallocate(mode, offset, size)
+
+    def opendir(self, path: str) -> int:
+        return self._handles.add(self.tree.opening.open_directory(path[1:]))
+
+    def readdir(self, path: str | None, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
+        for name, kind, ino in self.tree.entries(self._handles.get(fh)):
+            yield name, {"st_mode": kind, "st_ino": ino}, 0
+
+    def fsyncdir(self, path: str | None, datasync: int, fh: int) -> None:
+        self._handles.get(fh).fsync(data_only=bool(datasync))
+
+    def releasedir(self, path: str | None, fh: int) -> None:
+        handle = self._handles.remove(fh)
+        if handle is not None:
+            handle.release()
+
+    def statfs(self, path: str) -> dict[str, int]:
+        found = self.tree.statfs()
+        return {name: getattr(found, name) for name in dir(found) if name.startswith("f_")}
+
+    def getxattr(self, path: str, name: str, position: int = 0) -> bytes:
+        return self.tree.getxattr(path[1:], name)
+
+    def listxattr(self, path: str) -> list[str]:
+        return self.tree.listxattr(path[1:])
+
+    def setxattr(self, path: str, name: str, value: bytes, options: int, position: int = 0) -> None:
+        self.tree.setxattr(path[1:], name, value, options)
+
+    def removexattr(self, path: str, name: str) -> None:
+        self.tree.removexattr(path[1:], name)
+
+
+class _Session(mfusepy.FUSE):
+    """mfusepy's session, with the wrappers that are not enough replaced."""
+
+    def _wrapper(self, function: Callable[..., Any], *args: Any) -> int:
+        """Runs a callback; its error as libfuse wants it. Nothing may escape into C."""
+        try:
+            return int(function(*args) or 0)
+        except OSError as e:
+            return -(e.errno or errno.EIO)
+        except MemfsError as e:
+            log.debug("%s: %s", function.__name__, e)
+            return -e.errno
+        except Exception:
+            log.exception("%s failed", function.__name__)
+            return -errno.EIO
+
+    def _path(self, raw: bytes) -> str:
+        return raw[1:].decode(self.encoding, self.errors)
+
+    def _handle(self, info: Any) -> Handle | None:
+        return self._tree.handles.get(info.contents.fh) if info else None
+
+    @property
+    def _tree(self) -> Tree:
+        tree: Tree = self.operations.tree
+        return tree
+
+    def _target(self, raw: bytes | None, info: Any) -> str:
+        """The path that an operation on a path or an open file is for."""
+        if raw is not None:
+            return self._path(raw)
+        handle = self._handle(info)
+        if handle is None or handle.path is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return handle.path
+
+    def getattr_fuse_3(self, raw: bytes | None, buffer: Any, info: Any) -> None:
+        handle = self._handle(info)
+        found = handle.status() if handle is not None else None
+        if found is None:
+            found = self._tree.status(self._target(raw, info))
+        _fill(buffer, found)
+
+    def read(self, raw: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        handle = self._tree.handles.get(info.contents.fh)
+        return handle.read(_memory(buffer, size), offset)
+
+    def write(self, raw: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        handle = self._tree.handles.get(info.contents.fh)
+        return handle.write(_memory(buffer, size), offset)
+
+    def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> int:
+        self._tree.names.rename(self._path(old), self._path(new), flags)
+        return 0
+
+    def chmod_fuse_3(self, raw: bytes | None, mode: int, info: Any) -> int:
+        self._tree.chmod(self._target(raw, info), mode)
+        return 0
+
+    def chown_fuse_3(self, raw: bytes | None, uid: int, gid: int, info: Any) -> int:
+        ids = [-1 if number == _UNCHANGED else number for number in (uid, gid)]
+        self._tree.chown(self._target(raw, info), *ids)
+        return 0
+
+    def truncate_fuse_3(self, raw: bytes | None, length: int, info: Any) -> int:
+        handle = self._handle(info)
+        if handle is not None:
+            handle.truncate(length)
+        else:
+            self._tree.truncate(self._target(raw, info), length)
+        return 0
+
+    def utimens_fuse_3(self, raw: bytes | None, times: Any, info: Any) -> int:
+        accessed, modified = times.contents.actime, times.contents.modtime
+        self._tree.utimens(
+            self._target(raw, info),
+            (accessed.tv_sec, accessed.tv_nsec),
+            (modified.tv_sec, modified.tv_nsec),
+        )
+        return 0
+
+
+def _interrupted() -> bool:
+    return bool(_is_interrupted())
+
+
+def _memory(pointer: Any, size: int) -> memoryview:
+    """libfuse's own buffer, to be filled or written from without a copy."""
+    address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def _fill(buffer: Any, found: Status) -> None:
+    """A status as C has it."""
+    ctypes.memset(buffer, 0, ctypes.sizeof(mfusepy.c_stat))
+    status = buffer.contents
+    status.st_mode = found.st_mode
+    status.st_ino = found.st_ino
+    status.st_nlink = found.st_nlink
+    status.st_uid = found.st_uid
+    status.st_gid = found.st_gid
+    status.st_rdev = found.st_rdev
+    status.st_size = found.st_size
+    status.st_blksize = found.st_blksize
+    status.st_blocks = found.st_blocks
+    for name, nanoseconds in (
+        ("st_atimespec", found.st_atime_ns),
+        ("st_mtimespec", found.st_mtime_ns),
+        ("st_ctimespec", found.st_ctime_ns),
+    ):
+        when = getattr(status, name)
+        when.tv_sec, when.tv_nsec = divmod(nanoseconds, 10**9)

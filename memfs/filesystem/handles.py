@@ -1,0 +1,228 @@
+# ruff: noqa: ARG002  a verb that a kind of file does not have takes its arguments all the same
+"""Open files of the mount: the numbers that FUSE knows them by, and the plain kinds of them.
+
+A handle keeps its path up to date through renames; None says that its file was unlinked. Handles
+are used by several FUSE threads at once; a kind that keeps more than a descriptor says how it
+locks.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from memfs.filesystem import syscalls
+from memfs.filesystem.attributes import Status
+from memfs.filesystem.backing import Backing
+
+
+class Handle:
+    """An open file. A verb that a kind does not define fails as the kernel would say it."""
+
+    direct_io = False
+    """Whether every read and write comes to us, past the kernel's page cache."""
+    keep_cache = False
+    """Whether pages cached by an earlier open are still good."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        """Fills the buffer from the file's bytes at ``offset``; how many there were."""
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def write(self, buffer: memoryview, offset: int) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def truncate(self, length: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def status(self) -> Status | None:
+        """What ``fstat`` answers; None where the path is to be asked."""
+        return None
+
+    def flush(self) -> None:
+        """A descriptor of it is being closed, and the closing program waits for this."""
+
+    def fsync(self, *, data_only: bool) -> None:
+        """Everything written is to be on the disk."""
+
+    def release(self) -> None:
+        """The last descriptor is gone. Nobody waits, and nobody hears of an error."""
+
+    def moved(self, old: str, new: str) -> None:
+        """``old``, a file or a directory with all below it, is now at ``new``."""
+        if self.path == old:
+            self.path = new
+        elif self.path is not None and self.path.startswith(old + "/"):
+            self.path = new + self.path[len(old) :]
+
+    def unlinked(self, hidden: str | None) -> None:
+        """Its name was taken away; ``hidden`` is the path that FUSE goes on to know it by."""
+        self.path = None
+
+
+class OpenFile(Handle):
+    """A file of the store, passed through."""
+
+    def __init__(self, path: str | None, fd: int) -> None:
+        super().__init__(path)
+        self.fd = fd
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        return os.preadv(self.fd, [buffer], offset)
+
+    def write(self, buffer: memoryview, offset: int) -> int:
+        return os.pwrite(self.fd, buffer, offset)
+
+    def truncate(self, length: int) -> None:
+        os.ftruncate(self.fd, length)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        syscalls.fallocate(self.fd, mode, offset, length)
+
+    def status(self) -> Status | None:
+        return os.fstat(self.fd)
+
+    def fsync(self, *, data_only: bool) -> None:
+        if data_only:
+            os.fdatasync(self.fd)
+        else:
+            os.fsync(self.fd)
+
+    def release(self) -> None:
+        os.close(self.fd)
+
+
+class OpenPayload(OpenFile):
+    """The text of a cube: passed through, and whoever closes it after a write is told of it first.
+
+    ``changed`` is called with the path at every close, and at every ``fsync``, that follows a
+    write, before the closing program goes on.
+    """
+
+    def __init__(self, path: str, fd: int, changed: Callable[[str], None], *, dirty: bool) -> None:
+        super().__init__(path, fd)
+        self._changed = changed
+        self._dirty = dirty
+
+    def write(self, buffer: memoryview, offset: int) -> int:
+        self._dirty = True
+        return super().write(buffer, offset)
+
+    def truncate(self, length: int) -> None:
+        self._dirty = True
+        super().truncate(length)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        self._dirty = True
+        super().fallocate(mode, offset, length)
+
+    def flush(self) -> None:
+        if self._dirty:
+            self._dirty = False  # before the look: a write meanwhile is looked at by its own close
+            if self.path is not None:
+                self._changed(self.path)
+
+    def fsync(self, *, data_only: bool) -> None:
+        super().fsync(data_only=data_only)
+        self.flush()
+
+    def release(self) -> None:
+        super().release()
+        self.flush()  # pages that were written through a mapping after the last close
+
+
+class Snapshot(Handle):
+    """Bytes made up at the open, the same for as long as it is open."""
+
+    direct_io = True  # so that the kernel takes the end of it from us, not from an older size
+
+    def __init__(self, path: str, data: bytes, status: Status) -> None:
+        super().__init__(path)
+        self.data = data
+        self._status = status
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        return copy_into(buffer, self.data, offset)
+
+    def status(self) -> Status | None:
+        return self._status
+
+
+class OpenDirectory(Handle):
+    """A directory of the store."""
+
+    def __init__(self, path: str, fd: int, backing: Backing) -> None:
+        super().__init__(path)
+        self.fd = fd
+        self._backing = backing
+
+    def entries(self) -> Iterator[tuple[str, int, int]]:
+        """Name, kind and inode of each entry."""
+        for name in (".", ".."):
+            # An entry without an inode number would be left out by the C library.
+            up = self.path and name == ".."
+            yield name, stat.S_IFDIR, os.stat("..", dir_fd=self.fd).st_ino if up else self._ino()
+        yield from self._backing.listing(self.fd, self.path or "")
+
+    def _ino(self) -> int:
+        return os.fstat(self.fd).st_ino
+
+    def fsync(self, *, data_only: bool) -> None:
+        os.fsync(self.fd)
+
+    def release(self) -> None:
+        os.close(self.fd)
+
+
+class HandleTable:
+    """The open files by number. Any thread: each step is one operation on a dict."""
+
+    def __init__(self) -> None:
+        self._handles: dict[int, Handle] = {}
+        self._numbers = itertools.count(1)
+
+    def add(self, handle: Handle) -> int:
+        """The number of a newly opened file."""
+        number = next(self._numbers)
+        self._handles[number] = handle
+        return number
+
+    def get(self, number: int) -> Handle:
+        """The open file with a number that FUSE gave."""
+        try:
+            return self._handles[number]
+        except KeyError:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def remove(self, number: int) -> Handle | None:
+        """Takes a file that was closed for good out of the table."""
+        return self._handles.pop(number, None)
+
+    def on(self, path: str) -> list[Handle]:
+        """The open files at a path."""
+        return [handle for handle in list(self._handles.values()) if handle.path == path]
+
+    def moved(self, old: str, new: str) -> None:
+        """Tells every open file that ``old`` is now at ``new``."""
+        for handle in list(self._handles.values()):
+            handle.moved(old, new)
+
+    def unlinked(self, path: str, hidden: str | None = None) -> None:
+        """Tells the open files at ``path`` that they have no name any more."""
+        for handle in self.on(path):
+            handle.unlinked(hidden)
+
+
+def copy_into(buffer: memoryview, data: bytes, offset: int) -> int:
+    """Copies ``data`` from ``offset`` on into the buffer; how many bytes that were."""
+    part = data[offset : offset + len(buffer)]
+    buffer[: len(part)] = part
+    return len(part)

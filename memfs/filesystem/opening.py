@@ -1,0 +1,133 @@
+"""Opening and creating files: which kind of handle a path gets. Used by the tree; any thread."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from memfs.cube import layout
+from memfs.cube.layout import Role
+from memfs.filesystem.attributes import shown_as
+from memfs.filesystem.backing import Backing, is_reserved
+from memfs.filesystem.blobs import Blobs
+from memfs.filesystem.catalogue import Catalogue
+from memfs.filesystem.context import Context
+from memfs.filesystem.control import Control, ControlDirectory
+from memfs.filesystem.handles import (
+    Handle,
+    HandleTable,
+    OpenDirectory,
+    OpenFile,
+    OpenPayload,
+    Snapshot,
+)
+from memfs.filesystem.header import Headers
+from memfs.filesystem.open_header import OpenHeader
+from memfs.filesystem.staged import Staged
+
+STAGED = (Role.META, Role.KV, Role.ADAPTER_WEIGHTS)
+"""Files that are never changed in place."""
+
+
+class Opening:
+    """What ``open``, ``create`` and ``opendir`` do."""
+
+    def __init__(
+        self,
+        backing: Backing,
+        handles: HandleTable,
+        catalogue: Catalogue,
+        headers: Headers,
+        blobs: Blobs,
+        control: Control,
+        context: Callable[[], Context],
+    ) -> None:
+        self._backing = backing
+        self._handles = handles
+        self._catalogue = catalogue
+        self._headers = headers
+        self._blobs = blobs
+        self._control = control
+        self._context = context
+
+    def open(self, path: str, flags: int) -> Handle:
+        """Opens a file that is there, or that is shown to be."""
+        role, cube = layout.classify(path)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if role is Role.CONTROL:
+            return self._control.open(path, flags)
+        if writing and role in STAGED:
+            handle = self.open_staged(path, role)
+            if flags & os.O_TRUNC:
+                handle.begin()
+            return handle
+        if role is Role.META:
+            return self._open_header(path, cube)
+        if role in STAGED:
+            return self._blobs.open(path, role, cube, flags)
+        fd = self._backing.open(path, flags)
+        if writing and role is Role.PAYLOAD:
+            return OpenPayload(path, fd, self.written, dirty=bool(flags & os.O_TRUNC))
+        return OpenFile(path, fd)
+
+    def create(self, path: str, mode: int, flags: int) -> Handle:
+        """Makes and opens a new file; opens the one that is there, unless it must be new."""
+        require_free(path)
+        role, _ = layout.classify(path)
+        if role in STAGED:
+            # The caller was told that there is none where memfs made it (see ``context``).
+            if self._backing.exists(path) and not flags & os.O_EXCL:
+                return self.open(path, flags)
+            handle = self.open_staged(path, role)
+            handle.begin(mode)
+            return handle
+        try:
+            fd = self._backing.create(path, mode, self._context())
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            return self.open(path, flags)
+        if role is Role.PAYLOAD:
+            return OpenPayload(path, fd, self.written, dirty=True)
+        return OpenFile(path, fd)
+
+    def open_directory(self, path: str) -> Handle:
+        """Opens a directory."""
+        if layout.classify(path)[0] is Role.CONTROL:
+            return ControlDirectory(path, self._control)
+        return OpenDirectory(path, self._backing.store.open_dir(path), self._backing)
+
+    def open_staged(self, path: str, role: Role) -> Staged:
+        """Opens a file to be written beside its place, together with who does so already."""
+        for handle in self._handles.on(path):
+            if isinstance(handle, Staged) and handle.share():
+                return handle
+        context = self._context()
+        if role is not Role.META:
+            return Staged(path, self._backing, context, self.written)
+        base: bytes | None = None
+        try:
+            base = self._headers.shown(layout.split(path)[0])
+        except FileNotFoundError:
+            pass  # it becomes the cube's first one
+        return OpenHeader(path, self._backing, context, self.written, self._headers, base)
+
+    def written(self, path: str) -> None:
+        """A file of a cube was written; one with a text that has no header gets it now."""
+        role, cube = layout.classify(path)
+        if cube:
+            self._catalogue.touch(cube, adopting=role in (Role.PAYLOAD, Role.META))
+
+    def _open_header(self, path: str, cube: str) -> Handle:
+        if path in self._backing.elsewhere:
+            return OpenFile(path, self._backing.open(path, os.O_RDONLY))
+        found = self._backing.status(path)
+        data = self._headers.shown(cube)
+        return Snapshot(path, data, shown_as(found, len(data)))
+
+
+def require_free(path: str) -> None:
+    """Raises PermissionError for a name that is memfs's own."""
+    if layout.classify(path)[0] is Role.CONTROL or is_reserved(path):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)

@@ -1,0 +1,93 @@
+"""The parts of a served mount, put together; started and ended in the right order.
+
+Used by ``mount`` in the process that serves. Threads are started in ``start``, which FUSE calls
+after the fork; until then nothing here opens the index or a connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from memfs.config import Config
+from memfs.cube import layout
+from memfs.filesystem import fuse
+from memfs.filesystem.backing import HIDDEN_DIR, Backing
+from memfs.filesystem.catalogue import Catalogue
+from memfs.filesystem.control import MountFacts
+from memfs.filesystem.link import Link
+from memfs.filesystem.registry import MountRecord
+from memfs.filesystem.tree import Tree
+from memfs.vault.store import Store
+
+log = logging.getLogger(__name__)
+
+_SWITCH_SECONDS = 0.0005
+"""How long a thread that computes keeps Python's lock from one that has a file operation to answer.
+"""
+
+
+class Server:
+    """One mount: its tree, its catalogue, its link to the runtime."""
+
+    def __init__(self, store: Store, record: MountRecord, config: Config) -> None:
+        self._store = store
+        self._mountpoint = record.mountpoint
+        self._catalogue = Catalogue(store, self._cube_changed)
+        self._link = Link(config, str(store.root), self)
+        facts = MountFacts(record.store, record.mountpoint, config.mount_on_read)
+        self._tree = Tree(facts, Backing(store), self._catalogue, self._link, fuse.context)
+
+    def serve(self, options: Mapping[str, str | bool], started: Callable[[], None]) -> None:
+        """Serves until the mount ends; ``started`` is called when it can be used."""
+        fuse.serve(self._tree, self._mountpoint, dict(options), started=started, ended=self._ended)
+
+    def start(self) -> None:
+        """Starts all that goes on behind the file operations."""
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        if self._store.writable:
+            self._clear_unlinked()
+        self._catalogue.start()
+        self._link.start()
+        log.info("%s is mounted at %s", self._store.root, self._mountpoint)
+
+    # What the link says; in a thread of its own.
+
+    def model_known(self, fingerprint: Mapping[str, str]) -> None:
+        """A model is resident: the states of all KV caches depend on it."""
+        self._catalogue.set_model(fingerprint)
+
+    def happened(self, event: dict[str, Any]) -> None:
+        """Something happened to a cube: the audit trail keeps it."""
+        kept = {name: value for name, value in event.items() if name not in ("store", "time")}
+        self._catalogue.log(kept)
+        path = str(event.get("path"))
+        if event.get("event") == "asked":
+            self._catalogue.count(path, questions=1)
+        elif event.get("event") == "encoded":
+            self._catalogue.look_below(path)
+
+    def _cube_changed(self, path: str) -> None:
+        self._link.changed(path)
+
+    def _ended(self) -> None:
+        self._link.stop()
+        self._catalogue.stop()
+        log.info("%s is not mounted any more", self._store.root)
+
+    def _clear_unlinked(self) -> None:
+        """Files that were unlinked while open, in a mount that was killed, go for good now."""
+        _, name = layout.split(HIDDEN_DIR)
+        control = self._store.open_dir(layout.CONTROL)
+        try:
+            shutil.rmtree(name, ignore_errors=True, dir_fd=control)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=control)  # no directory: the store came from elsewhere
+            os.mkdir(name, 0o700, dir_fd=control)
+        finally:
+            os.close(control)

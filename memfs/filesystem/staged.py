@@ -1,0 +1,252 @@
+"""Files that are written beside their place and appear there whole: KV caches, adapters, headers.
+
+A program opens such a file for writing, and its writes go to a temporary file in the same
+directory. Closing it checks what was written (a header only), flushes it to the disk and renames it
+into place: what others have open or mapped is never changed under them, and a crash leaves the old
+file. Until then the mount shows the temporary file under the path, so that ``fchmod`` or
+``futimens`` before the close reach it.
+
+Programs that have the file open for writing at once share one ``Staged``. Any thread; each holds a
+lock of its own while it writes, so two writes never both start a copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Callable
+
+from memfs.cube import layout
+from memfs.filesystem import syscalls
+from memfs.filesystem.attributes import Status
+from memfs.filesystem.backing import Backing, give
+from memfs.filesystem.context import Context
+from memfs.filesystem.handles import Handle
+from memfs.vault.publish import TEMPORARY
+
+Published = Callable[[str], None]
+"""Is told the path of a file that now stands in its place."""
+
+
+class Staged(Handle):
+    """A file open for writing that is published whole at each close after a change."""
+
+    direct_io = True  # its pages would be taken for those of the file that stands there now
+    limit: int | None = None
+    """The longest it may be."""
+
+    def __init__(self, path: str, backing: Backing, context: Context, published: Published) -> None:
+        super().__init__(path)
+        self._backing = backing
+        self._context = context
+        self._published = published
+        self._lock = threading.RLock()  # the content; names are under ``backing.moving``
+        self._users = 1
+        self._fd = -1  # the temporary file, or what it became; -1 before the first use
+        self._temporary: str | None = None  # its path in the store while it stands beside
+
+    def share(self) -> bool:
+        """One more program opens it; False where the last one is just closing it."""
+        with self._lock:
+            if self._users:
+                self._users += 1
+            return self._users > 0
+
+    def begin(self, mode: int | None = None) -> None:
+        """Starts from nothing; with a ``mode``, as a new file of the caller's."""
+        with self._lock:
+            if self._temporary is not None:
+                os.ftruncate(self._fd, 0)
+            else:
+                self._start(mode)
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        with self._lock:
+            if self._fd < 0:
+                self._fd = self._open_standing()
+            return os.preadv(self._fd, [buffer], offset)
+
+    def write(self, buffer: memoryview, offset: int) -> int:
+        with self._lock:
+            self._require_room(offset + len(buffer))
+            self._change()
+            return os.pwrite(self._fd, buffer, offset)
+
+    def truncate(self, length: int) -> None:
+        with self._lock:
+            self._require_room(length)
+            if length == 0:
+                self.begin()
+            else:
+                self._change()
+                os.ftruncate(self._fd, length)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        with self._lock:
+            self._require_room(offset + length)
+            self._change()
+            syscalls.fallocate(self._fd, mode, offset, length)
+
+    def status(self) -> Status | None:
+        return os.fstat(self._fd) if self._temporary is not None else None
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._temporary is None or self.path is None:
+                return
+            try:
+                if not self._accept(self.path):
+                    self._discard()
+                    return
+                os.fsync(self._fd)
+                placed = self._place()
+            except BaseException:
+                self._discard()
+                raise
+        if placed is not None:
+            self._published(placed)
+
+    def fsync(self, *, data_only: bool) -> None:  # noqa: ARG002
+        """To the disk, not into place: a program may flush what it has only half written."""
+        with self._lock:
+            if self._fd >= 0:
+                os.fsync(self._fd)
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            self._discard()
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any program has it open."""
+        return self._users > 0
+
+    def moved(self, old: str, new: str) -> None:
+        """Called under ``backing.moving``, which has moved the path of the temporary file too."""
+        super().moved(old, new)
+        if self._temporary is not None and self._temporary.startswith(old + "/"):
+            self._temporary = new + self._temporary[len(old) :]
+
+    def unlinked(self, hidden: str | None) -> None:
+        with self._backing.moving:
+            path, self.path = self.path, None
+            if path is not None and self._temporary is not None:
+                self._backing.elsewhere.pop(path, None)
+                if hidden is not None:
+                    self._backing.elsewhere[hidden] = self._temporary
+
+    def _accept(self, path: str) -> bool:  # noqa: ARG002  what a header needs
+        """Looks at what was written; False where there is nothing to publish after all."""
+        return True
+
+    def _require_room(self, size: int) -> None:
+        if self.limit is not None and size > self.limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    def _change(self) -> None:
+        """There is a temporary file with the present content, to be changed."""
+        if self._temporary is None:
+            standing = self._fd if self._fd >= 0 else self._open_standing()
+            self._fd = -1
+            try:
+                self._start(None)
+                self._fill(standing)
+            except BaseException:
+                self._discard()
+                raise
+            finally:
+                os.close(standing)
+
+    def _fill(self, standing: int) -> None:
+        """Copies what the file holds now into the new temporary file."""
+        offset, size = 0, os.fstat(standing).st_size
+        while offset < size:
+            done = os.sendfile(self._fd, standing, offset, size - offset)
+            if not done:
+                break
+            offset += done
+
+    def _start(self, mode: int | None) -> None:
+        """Makes the temporary file, empty, and shows it under the path."""
+        with self._backing.moving:
+            path = self._named()
+            temporary = layout.join(layout.split(path)[0], TEMPORARY + secrets.token_hex(8))
+            with self._backing.at(temporary) as (parent, name):
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(name, flags, 0o600, dir_fd=parent)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see publish.remove_leftover
+                    self._dress(fd, parent, mode)
+                except BaseException:
+                    os.close(fd)
+                    os.unlink(name, dir_fd=parent)
+                    raise
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd, self._temporary = fd, temporary
+            self._backing.elsewhere[path] = temporary
+
+    def _dress(self, fd: int, parent: int, mode: int | None) -> None:
+        """Owner and mode of the file that it will replace, or of a new one of the caller's."""
+        if mode is None:
+            try:
+                like = self._backing.status(self._named())
+            except FileNotFoundError:
+                mode = 0o644
+            else:
+                if os.geteuid() == 0:
+                    os.fchown(fd, like.st_uid, like.st_gid)
+                os.fchmod(fd, stat.S_IMODE(like.st_mode))
+                return
+        give(fd, parent, self._context)
+        os.fchmod(fd, stat.S_IMODE(mode))
+
+    def _open_standing(self) -> int:
+        return self._backing.open(self._named(), os.O_RDONLY)
+
+    def _named(self) -> str:
+        if self.path is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return self.path
+
+    def _place(self) -> str | None:
+        """Renames it into place; its path there, or None where it was unlinked meanwhile."""
+        with self._backing.moving:
+            path, temporary = self.path, self._temporary
+            if path is None or temporary is None:
+                return None
+            self._backing.elsewhere.pop(path, None)
+            self._backing.rename(temporary, path)
+            self._temporary = None
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            directory = self._backing.store.open_dir(layout.split(path)[0])
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return path
+
+    def _discard(self) -> None:
+        """Removes the temporary file, where there is one still."""
+        with self._backing.moving:
+            temporary, self._temporary = self._temporary, None
+            if temporary is None:
+                return
+            for shown in [s for s, real in self._backing.elsewhere.items() if real == temporary]:
+                del self._backing.elsewhere[shown]
+            try:
+                self._backing.unlink(temporary)
+            except FileNotFoundError:
+                pass  # renamed by _accept, or its directory was emptied beside the mount
+        os.close(self._fd)
+        self._fd = -1

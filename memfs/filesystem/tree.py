@@ -1,0 +1,190 @@
+"""The whole meaning of the mount: one method a file operation, and no FUSE.
+
+Paths are as in ``memfs.cube.layout``. Operations raise OSError or MemfsError, which has an errno
+too. Files go through to the store (``backing``); those that mean something are handed to who knows
+them: headers, blobs, the control tree. What changes a cube tells the catalogue before it returns.
+Names are made and removed by ``names``, files opened by ``opening``.
+
+**Threads.** FUSE calls from many at once. libfuse itself keeps a rename or removal apart from
+whatever uses the same path. No operation waits for the model, but an ``open`` or ``read`` of a KV
+cache that is being made (see ``making``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from memfs.cube import layout
+from memfs.cube.layout import Role
+from memfs.filesystem.attributes import Status, altered, shown_as
+from memfs.filesystem.backing import Backing, is_reserved
+from memfs.filesystem.blobs import Blobs
+from memfs.filesystem.catalogue import Catalogue
+from memfs.filesystem.context import Context, creates, likely_creates
+from memfs.filesystem.control import Control, ControlDirectory, MountFacts
+from memfs.filesystem.handles import Handle, HandleTable, OpenDirectory
+from memfs.filesystem.header import Headers
+from memfs.filesystem.link import Link
+from memfs.filesystem.making import Makers
+from memfs.filesystem.names import Names
+from memfs.filesystem.opening import STAGED, Opening
+from memfs.filesystem.reading import Reading
+from memfs.filesystem.syscalls import Time
+from memfs.filesystem.xattrs import CubeAttributes
+from memfs.vault.sig import sig_of
+
+WAITERS = 32
+"""Who may wait for a KV cache at once; a mount has twice as many threads."""
+
+
+class Tree:
+    """A mounted store."""
+
+    def __init__(
+        self,
+        mount: MountFacts,
+        backing: Backing,
+        catalogue: Catalogue,
+        link: Link,
+        context: Callable[[], Context],
+    ) -> None:
+        """``context`` says who asks for the operation that the calling thread is in."""
+        self.handles = HandleTable()
+        self._backing = backing
+        self._catalogue = catalogue
+        self._context = context
+        self._headers = Headers(backing, catalogue)
+        self._makers = Makers(link, WAITERS)
+        reading = Reading(link, catalogue, mount_on_read=mount.mount_on_read)
+        self._blobs = Blobs(backing, catalogue, reading, self._makers, context)
+        self._control = Control(mount, catalogue, link, context)
+        self._attributes = CubeAttributes(backing, catalogue, link, context)
+        self.opening = Opening(
+            backing,
+            self.handles,
+            catalogue,
+            self._headers,
+            self._blobs,
+            self._control,
+            context,
+        )
+        self.names = Names(
+            backing, self.handles, catalogue, self._headers, link, self.opening, context
+        )
+
+    def status(self, path: str) -> Status:
+        """What ``stat`` answers."""
+        self._makers.looked_at(path, self._context)
+        self.names.looked_at(path)
+        role, cube = layout.classify(path)
+        if role is Role.CONTROL:
+            return self._control.status(path)
+        if role is Role.META:
+            return self._header_status(path, cube)
+        if role in STAGED:
+            return self._blobs.status(path, role, cube)
+        self._require_shown(path)
+        found = self._backing.status(path)
+        if self.names.is_hidden(path):
+            return altered(found, st_nlink=found.st_nlink - 1)
+        return found
+
+    def entries(self, handle: Handle) -> Iterator[tuple[str, int, int]]:
+        """Name, kind and inode of what is in an open directory, ``.`` and ``..`` included."""
+        if isinstance(handle, ControlDirectory):
+            yield from handle.entries()
+        elif isinstance(handle, OpenDirectory):
+            for name, kind, ino in handle.entries():
+                yield name, kind, self._blobs.inode(ino) if name == layout.KV else ino
+        else:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+    def readlink(self, path: str) -> str:
+        if layout.classify(path)[0] is Role.CONTROL:
+            return self._control.readlink(path)
+        self._require_shown(path)
+        return self._backing.readlink(path)
+
+    def chmod(self, path: str, mode: int) -> None:
+        self._require_ours(path)
+        self._backing.chmod(path, mode)
+        self._touch_payload(path)
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        """Changes owner and group; -1 leaves one as it is."""
+        self._require_ours(path)
+        self._backing.chown(path, uid, gid)
+        self._touch_payload(path)
+
+    def utimens(self, path: str, accessed: Time, modified: Time) -> None:
+        self._require_ours(path)
+        self._backing.utimens(path, accessed, modified)
+
+    def truncate(self, path: str, length: int) -> None:
+        """Sets the length of a file by its path."""
+        self._require_ours(path)
+        role, _ = layout.classify(path)
+        if role in STAGED:
+            self._backing.status(path)  # one that could only be made cannot be cut
+            handle = self.opening.open_staged(path, role)
+            try:
+                handle.truncate(length)
+                handle.flush()
+            finally:
+                handle.release()
+            return
+        self._backing.truncate(path, length)
+        if role is Role.PAYLOAD:
+            self.opening.written(path)
+
+    def statfs(self) -> os.statvfs_result:
+        return self._backing.statfs()
+
+    def getxattr(self, path: str, name: str) -> bytes:
+        self._require_ours(path, errno.ENODATA)
+        return self._attributes.get(path, name)
+
+    def listxattr(self, path: str) -> list[str]:
+        if layout.classify(path)[0] is Role.CONTROL:
+            return []
+        self._require_shown(path)
+        return self._attributes.names(path)
+
+    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
+        self._require_ours(path)
+        self._attributes.set(path, name, value, flags)
+
+    def removexattr(self, path: str, name: str) -> None:
+        self._require_ours(path)
+        self._attributes.remove(path, name)
+
+    def _header_status(self, path: str, cube: str) -> Status:
+        found = self._backing.status(path)
+        if path in self._backing.elsewhere or not stat.S_ISREG(found.st_mode):
+            return found
+        if self._catalogue.is_fresh(cube, sig_of(found)):
+            pid = self._context().pid
+            creating = creates(pid)
+            if likely_creates(pid) if creating is None else creating:
+                # memfs made it a moment ago, and whoever copies a cube here brings the real one.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return shown_as(found, len(self._headers.shown(cube)))
+
+    def _touch_payload(self, path: str) -> None:
+        """Owner and mode of the text are the cube's."""
+        role, cube = layout.classify(path)
+        if role is Role.PAYLOAD:
+            self._catalogue.touch(cube)
+
+    def _require_shown(self, path: str) -> None:
+        if is_reserved(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def _require_ours(self, path: str, number: int = errno.EPERM) -> None:
+        """Raises for the control tree, where nothing can be set, and for memfs's own files."""
+        if layout.classify(path)[0] is Role.CONTROL:
+            raise OSError(number, os.strerror(number), path)
+        self._require_shown(path)
