@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 from memfs.cli import output
 from memfs.cli.checks import NOTE, OK, PROBLEM, Check, machine, packages, places
 from memfs.config import Config, config_file, runtime_dir
 from memfs.errors import InvalidConfig, MemfsError
+from memfs.filesystem import registry
 from memfs.runtime.client import RuntimeClient
 
 HELP = "check everything memfs needs, and print what mends it"
@@ -76,29 +77,14 @@ def _checks(model: str | None) -> Iterator[Check]:
 
 def _mounts() -> Iterator[Check]:
     """Every memfs mount that the kernel knows, and whether anybody still answers it."""
-    for mountpoint, store in _mounted():
-        found = f"{store} on {mountpoint}"
-        reason = _unanswered(mountpoint)
+    for record in registry.mounted():
+        found = f"{record.store} on {record.mountpoint}"
+        reason = _unanswered(record.mountpoint)
         if reason is None:
             yield Check("mount", OK, found)
         else:
-            yield Check("mount", PROBLEM, f"{found}: {reason}", f"memfs umount {mountpoint}")
-
-
-def _mounted() -> Iterator[tuple[str, str]]:
-    """(mountpoint, store) of the mounts of memfs, from the kernel's own list."""
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields, _, rest = line.partition(" - ")
-        kind, source, *_ = rest.split(" ")
-        if kind == "fuse.memfs":
-            yield _unescaped(fields.split(" ")[4]), _unescaped(source)
-
-
-def _unescaped(text: str) -> str:
-    """The kernel writes white space and backslashes in a path as ``\\040``."""
-    for code in ("040", "011", "012", "134"):
-        text = text.replace("\\" + code, chr(int(code, 8)))
-    return text
+            mend = f"memfs umount {shlex.quote(record.mountpoint)}"
+            yield Check("mount", PROBLEM, f"{found}: {reason}", mend)
 
 
 def _unanswered(mountpoint: str) -> str | None:
@@ -109,6 +95,8 @@ def _unanswered(mountpoint: str) -> str | None:
         try:
             os.stat(mountpoint)
             reasons.clear()
+        except PermissionError:
+            reasons.clear()  # another user's mount: alive, and none of ours
         except OSError as e:
             reasons[:] = [e.strerror or str(e)]
 

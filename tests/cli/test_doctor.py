@@ -106,10 +106,6 @@ def test_another_model_is_named_in_what_mends_it(tmp_path: Path) -> None:
     assert model.mend == f"memfs runtime --prepare --model {tmp_path}"
 
 
-def test_paths_in_the_kernels_list_of_mounts() -> None:
-    assert doctor._unescaped("/a\\040b\\134040") == "/a b\\040"
-
-
 def test_a_directory_that_answers_and_one_that_does_not(tmp_path: Path) -> None:
     assert doctor._unanswered(str(tmp_path)) is None
     assert doctor._unanswered(str(tmp_path / "none")) == "No such file or directory"
