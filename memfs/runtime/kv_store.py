@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -128,18 +129,42 @@ def _read_through_pinned(fd: int, header: Header, cache: KVCache) -> None:
     """Fills the layers of a cache on an accelerator, reading one while the other is copied."""
     shape = cache.shape
     size = (2, shape.kv_heads, header.tokens, shape.head_dim)
-    staged = [torch.empty(size, dtype=shape.dtype, pin_memory=True) for _ in range(2)]
-    copied = [torch.cuda.Event() for _ in staged]
+    rows = slice(cache.length, cache.length + header.tokens)
     stream = torch.cuda.Stream(shape.device)
-    for index, layer in enumerate(cache.layers):
-        buffer, done = staged[index % 2], copied[index % 2]
-        done.synchronize()
-        _read_tensor(fd, header, layer_name(index), [buffer])
-        with torch.cuda.stream(stream):
-            rows = slice(cache.length, cache.length + header.tokens)
-            layer[:, :, rows].copy_(buffer, non_blocking=True)
-            done.record(stream)
-    stream.synchronize()
+    with _pinned.lock:
+        staged = [
+            b.view(shape.dtype).view(size) for b in _pinned.pair(header.kv_bytes // shape.layers)
+        ]
+        copied = [torch.cuda.Event() for _ in staged]
+        for index, layer in enumerate(cache.layers):
+            buffer, done = staged[index % 2], copied[index % 2]
+            done.synchronize()  # the copy out of this buffer, two layers ago
+            _read_tensor(fd, header, layer_name(index), [buffer])
+            with torch.cuda.stream(stream):
+                layer[:, :, rows].copy_(buffer, non_blocking=True)
+                done.record(stream)
+        stream.synchronize()
+
+
+class _Pinned:
+    """Two pinned buffers, kept from one mount to the next: pinning memory takes milliseconds."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held while they are in use."""
+        self._buffers: list[torch.Tensor] = []
+
+    def pair(self, nbytes: int) -> list[torch.Tensor]:
+        """Two buffers of ``nbytes`` bytes each, uint8."""
+        if not self._buffers or self._buffers[0].numel() < nbytes:
+            self._buffers.clear()
+            self._buffers = [
+                torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)
+            ]
+        return [buffer[:nbytes] for buffer in self._buffers]
+
+
+_pinned = _Pinned()
 
 
 def _read_exactly(fd: int, views: Sequence[memoryview], offset: int, name: str) -> None:

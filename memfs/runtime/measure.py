@@ -28,9 +28,9 @@ def mount_rates(
 ) -> list[Facts]:
     """How fast KV caches go from the page cache to the device, beside a plain copy of their bytes.
 
-    Each run reads, checks and places the cache as a mount does, then copies the same bytes from one
-    buffer to another: on a CPU between two buffers of its memory, on an accelerator from a pinned
-    buffer to the device. Both into memory allocated afresh.
+    Each run reads, checks and places the cache as a mount does, its memory allocated afresh, then
+    copies as many bytes between two buffers that are there already and have been used: on a CPU
+    within its memory, on an accelerator from a pinned buffer to the device.
 
     Returns:
         One line for each number of tokens: bytes, median seconds of both, and the median of the
@@ -50,6 +50,7 @@ def _paired(resident: Resident, fd: int, tokens: int, runs: int) -> Facts:
     device = resident.shape.device
     nbytes = tokens * resident.shape.token_bytes
     source = torch.ones(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     mounts, copies = [], []
     for _ in range(runs + 1):  # the first warms up and is not counted
         began = time.perf_counter()
@@ -57,7 +58,7 @@ def _paired(resident: Resident, fd: int, tokens: int, runs: int) -> Facts:
         _finish(device)
         mounts.append(time.perf_counter() - began)
         began = time.perf_counter()
-        torch.empty(nbytes, dtype=torch.uint8, device=device).copy_(source, non_blocking=True)
+        target.copy_(source, non_blocking=True)
         _finish(device)
         copies.append(time.perf_counter() - began)
     shares = [copy / mount for mount, copy in zip(mounts[1:], copies[1:], strict=True)]
