@@ -35,6 +35,8 @@ class Part:
     why: str | None = None
     """Why it is text, where a KV cache was wanted."""
     tokens: int = 0
+    ids: list[int] = field(default_factory=list)
+    """Of the text, once it has been tokenized."""
 
     @property
     def how(self) -> str:
@@ -98,7 +100,8 @@ def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[i
         if part.cache is not None:
             part.tokens = part.cache.length - resident.base
         else:
-            part.tokens = len(resident.prompt.memory(part.text or ""))
+            part.ids = resident.prompt.memory(part.text or "", resident.context)
+            part.tokens = len(part.ids)
     parts = list(question.parts)
     room = resident.context - base - len(ids) - 1
     while sum(part.tokens for part in parts) > room:
@@ -135,8 +138,7 @@ def _memory(
                 place(cache, part.cache, resident.base, resident.inv_freq)
             cached += part.tokens
         else:
-            ids = resident.prompt.memory(part.text or "")
-            yield from _quietly(resident.engine.prefill(cache, ids))
+            yield from _quietly(resident.engine.prefill(cache, part.ids))
     keep = len(parts) > 1 and all(part.cache is not None for part in parts)
     return cache, cached, cache.borrowed() if keep else None
 

@@ -45,7 +45,7 @@ def prefill(
         TooLong: the text leaves no room for a question in the model's context.
     """
     began = time.perf_counter()
-    ids = resident.prompt.memory(text)
+    ids = resident.prompt.memory(text, resident.context)
     if resident.base + len(ids) + PREFILL_CHUNK > resident.context:
         raise TooLong(
             f"{len(ids)} tokens; the model takes {resident.context}, "

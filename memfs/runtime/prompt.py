@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from memfs.errors import ModelUnusable
+from memfs.errors import ModelUnusable, TooLong
 
 SEPARATOR = "\n\n"
 """Ends every memory, inside its own rows, so that whatever follows is set apart."""
@@ -35,6 +35,8 @@ class Prompt:
     bare_before: tuple[int, ...]
     """In front of a question with no memory."""
     bare_after: tuple[int, ...]
+    longest_token: int
+    """Characters of the longest token there is: no text has fewer tokens than that makes of it."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Prompt:
@@ -57,10 +59,17 @@ class Prompt:
             after_question=ids(closing),
             bare_before=ids(bare),
             bare_after=ids(bare_closing),
+            longest_token=max(map(len, tokenizer.get_vocab())),
         )
 
-    def memory(self, text: str) -> list[int]:
-        """The ids of a cube's rows: its text and the separator."""
+    def memory(self, text: str, limit: int | None = None) -> list[int]:
+        """The ids of a cube's rows: its text and the separator.
+
+        Raises TooLong for a text that has more than ``limit`` tokens however it is tokenized: that
+        is not tried on megabytes, while others wait.
+        """
+        if limit is not None and len(text) > limit * self.longest_token:
+            raise TooLong(f"{len(text)} characters, where the model takes {limit} tokens")
         return [*plain_ids(self.tokenizer, text), *self.separator]
 
     def question(self, text: str, *, bare: bool) -> list[int]:

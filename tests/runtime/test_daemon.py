@@ -245,6 +245,15 @@ def test_a_text_longer_than_the_context_is_refused(runtime: RuntimeClient, shop:
     assert not shop.kv("long").exists()
 
 
+def test_megabytes_of_text_are_refused_at_once(runtime: RuntimeClient, shop: Shop) -> None:
+    cube = shop.cube("huge", prose(100) * 20_000)
+    for op in ("encode", "ask"):
+        began = time.monotonic()
+        with pytest.raises(TooLong, match="characters"):
+            ask(runtime, [cube]) if op == "ask" else runtime.call(op, **cube)
+        assert time.monotonic() - began < 2
+
+
 def test_a_session_longer_than_the_context_drops_the_oldest(
     runtime: RuntimeClient, shop: Shop
 ) -> None:
