@@ -1,8 +1,9 @@
 """Checking an index, and saving what can be read of a damaged one, in a process of its own.
 
-LMDB trusts its file: a truncated or overwritten one kills the process that reads it by a bus error
-or an abort, or goes unnoticed. So the file is walked by a child first: ``python -m
-memfs.index.check``. Called by ``rebuild`` before the index is opened; any thread.
+LMDB trusts its file: a truncated or overwritten one kills the process that reads or writes it by a
+bus error or an abort, or goes unnoticed. So a child goes through it first, ``python -m
+memfs.index.check``: every page by lmdb's own verifier, which maps nothing, then every checksum.
+Called by ``rebuild`` before the index is opened; any thread.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lmdb.verify import VerifyError, verify
 
 import memfs
 from memfs.errors import IndexDamaged, MemfsError
@@ -34,14 +37,22 @@ LIMIT_S = 300
 """Seconds after which a child ends itself: a damaged tree may lead in a circle."""
 
 
-def sound(directory: Path) -> str | None:
-    """None where the index may be opened and trusted, else the reason why not."""
+def sound(directory: Path, *, live: bool = False) -> str | None:
+    """None where the index may be opened and trusted, else the reason why not.
+
+    Args:
+        live: whether another process may be writing it. Its pages are then read through LMDB, as of
+            one instant, by which less damage is found: of what is only written, none.
+    """
     if not (directory / DATA).is_file():
         return "there is none"
     if torn(directory):
         return "the machine stopped while it was open"
     ended = subprocess.run(
-        _command("walk", directory), env=_environment(), capture_output=True, check=False
+        _command("live" if live else "rest", directory),
+        env=_environment(),
+        capture_output=True,
+        check=False,
     )
     if ended.returncode < 0:
         return f"reading it ends by {signal.Signals(-ended.returncode).name}"
@@ -78,24 +89,36 @@ def salvage(directory: Path, table: str) -> Iterator[Any]:
 def main(argv: list[str] | None = None) -> int:
     """The child: walks the index, or prints what it can read of one table, a JSON text a line."""
     parser = argparse.ArgumentParser(prog="python -m memfs.index.check", description=sound.__doc__)
-    parser.add_argument("what", choices=["walk", *_TABLES])
+    parser.add_argument("what", choices=["rest", "live", *_TABLES])
     parser.add_argument("directory", type=Path)
     args = parser.parse_args(argv)
     signal.alarm(LIMIT_S)
     try:
+        if args.what == "rest":
+            _verify(args.directory)
         environment = Environment(args.directory, DATABASES, read_only=True)
-        if args.what == "walk":
-            _walk(environment)
-        else:
+        if args.what in _TABLES:
             _print_table(environment, args.what)
+        else:
+            if args.what == "live":
+                environment.walk_pages()
+            _unseal(environment)
     except (MemfsError, OSError) as e:
         sys.stderr.write(f"{e.detail if isinstance(e, MemfsError) else e.strerror}\n")
         return 1
     return 0
 
 
-def _walk(environment: Environment) -> None:
-    environment.walk_pages()
+def _verify(directory: Path) -> None:
+    try:
+        problems = verify(os.fspath(directory))  # type: ignore[no-untyped-call]
+    except VerifyError as e:
+        raise IndexDamaged(str(e)) from e
+    if problems:
+        raise IndexDamaged(problems[0])
+
+
+def _unseal(environment: Environment) -> None:
     found = dict(environment.pairs("info", b"")).get(b"format")
     if found is None or load(unseal(b"format", found)) != FORMAT:
         raise IndexDamaged(f"its format is not {FORMAT}")

@@ -14,9 +14,10 @@ from datetime import datetime
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, NotAllowed
 from memfs.index.lmdb_index import Index, Usage
+from memfs.index.records import MOST
 from memfs.vault.facts import CubeFacts
 from memfs.vault.identity import read_meta
-from memfs.vault.publish import publishing
+from memfs.vault.publish import publishing, write_all
 from memfs.vault.sig import sig_of
 from memfs.vault.store import Store
 
@@ -25,8 +26,8 @@ def usage_in(meta: metadata.Meta) -> Usage:
     """The counters in a checked header."""
     behavioural = meta.get("behavioural", {})
     return Usage(
-        behavioural.get("reads", 0),
-        behavioural.get("questions", 0),
+        min(int(behavioural.get("reads", 0)), MOST),
+        min(int(behavioural.get("questions", 0)), MOST),
         _seconds(behavioural.get("last_used")),
     )
 
@@ -73,12 +74,11 @@ def _write(store: Store, index: Index, path: str, facts: CubeFacts, usage: Usage
     name = layout.join(path, layout.META)
     try:
         found = store.stat(name)
-        if facts.meta_sig != sig_of(found):
+        if facts.meta_sig not in (sig_of(found), sig_of(found).unsettled()):
             return False  # changed under us: that version is looked at first
         meta = metadata.show(read_meta(store, path), {"behavioural": usage_group(usage)})
         with publishing(store, name, like=found) as (fd, _):
-            data = metadata.render(meta)
-            os.write(fd, data)
+            write_all(fd, metadata.render(meta))
             os.utime(fd, ns=(found.st_atime_ns, found.st_mtime_ns))
         index.put(path, replace(facts, meta_sig=sig_of(store.stat(name))))
     except (OSError, InvalidMetadata, NotAllowed):

@@ -45,6 +45,9 @@ DATABASES = {
     "info": False,
 }
 
+MOST = (1 << 63) - 1
+"""A count ends there; a header may claim any number."""
+
 CUT = 440
 _DIGEST = 20
 _USAGE = struct.Struct("<QQd?")
@@ -115,7 +118,8 @@ def unseal_cube(key: bytes, value: bytes) -> tuple[str, CubeFacts]:
 def seal_usage(key: bytes, usage: Usage, *, unwritten: bool) -> bytes:
     """The value of a cube's usage."""
     last = float("nan") if usage.last_used is None else usage.last_used
-    return seal(key, _USAGE.pack(usage.reads, usage.questions, last, unwritten))
+    counts = min(usage.reads, MOST), min(usage.questions, MOST)
+    return seal(key, _USAGE.pack(*counts, last, unwritten))
 
 
 def unseal_usage(key: bytes, value: bytes) -> tuple[Usage, bool]:

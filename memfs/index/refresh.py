@@ -94,7 +94,7 @@ def refresh(
     owner = index.by_id(change.after.id)
     if owner is None or owner[0] == path:
         return change
-    return change._replace(after=_tell_apart(store, index, path, owner[0]))
+    return change._replace(after=_tell_apart(store, index, path, owner[0]).after)
 
 
 def refresh_all(
@@ -164,18 +164,18 @@ def rescan(
         if path not in seen:
             _count(scan, refresh(store, index, path, model), on_change)
     for cube_id in index.shared_ids():
-        holders = [(p, facts) for p in index.paths_of(cube_id) if (facts := index.get(p))]
         # False stands before True: known under this id, not new, the oldest header, by name.
-        holders.sort(
-            key=lambda item: (
-                bool(known) and known.get(item[0]) != cube_id,
-                item[0] in new,
-                item[1].meta_sig.ctime_ns if item[1].meta_sig else 0,
-                item[0],
-            )
+        paths = sorted(
+            index.paths_of(cube_id),
+            key=lambda path: (
+                bool(known) and known.get(path) != cube_id,
+                path in new,
+                _header_time(store, path),
+                path,
+            ),
         )
-        for path, before in holders[1:]:
-            change = Change(path, before, _tell_apart(store, index, path, holders[0][0]))
+        for path in paths[1:]:
+            change = _tell_apart(store, index, path, paths[0])
             scan.copies += change.matters
             if on_change and change.matters:
                 on_change(change)
@@ -212,16 +212,23 @@ def _look(
         return Change(path, before, after), owns
 
 
-def _tell_apart(store: Store, index: Index, path: str, original: str) -> CubeFacts | None:
+def _tell_apart(store: Store, index: Index, path: str, original: str) -> Change:
     """Gives the copy at ``path`` an id of its own, where ``original`` still has the same."""
     with _stripe(path):
         before = index.get(path)
         if before is None:
-            return None
+            return Change(path, None, None)
         after = adopt(store, path, before, lambda _: original)
         if after != before:
             index.put(path, after)
-        return after
+        return Change(path, before, after)
+
+
+def _header_time(store: Store, path: str) -> int:
+    try:
+        return store.stat(layout.join(path, layout.META)).st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _is_written(before: CubeFacts | None, after: CubeFacts) -> bool:

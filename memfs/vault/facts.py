@@ -183,7 +183,7 @@ def with_meta(facts: CubeFacts, meta: metadata.Meta, sig: Sig) -> CubeFacts:
         tags=tuple(descriptive.get("tags", ())),
         type=descriptive.get("type"),
         created=descriptive.get("created"),
-        priority=meta.get("governance", {}).get("priority", 0),
+        priority=int(meta.get("governance", {}).get("priority", 0)),
         lifecycle=state.get("lifecycle", "generated"),
         frozen=state.get("frozen", False),
         pinned=state.get("pinned", False),

@@ -80,14 +80,19 @@ def publish_bytes(
 ) -> os.stat_result:
     """Publishes ``data`` at ``path``, as ``publishing`` does; the status of the new file."""
     with publishing(store, path, like=like, replace=replace) as (fd, _):
-        left = memoryview(data)
-        while left:
-            left = left[os.write(fd, left) :]
+        write_all(fd, data)
         kept = os.dup(fd)
     try:
         return os.fstat(kept)
     finally:
         os.close(kept)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of ``data``, which one system call need not do."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]
 
 
 def remove_leftover(store: Store, path: str, before: float) -> bool:
