@@ -71,12 +71,12 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "check":
             return _check(store, mountpoint, as_json=args.json)
         if args.action == "find":
-            return _find(store, args)
+            return _find(store, mountpoint, args)
         return _rebuild(store, mountpoint, as_json=args.json)
 
 
 def _check(store: Store, mountpoint: str | None, *, as_json: bool) -> int:
-    with _opened(store) as index:
+    with _opened(store, mountpoint) as index:
         settle_s = SETTLE_S if mountpoint else 0.0
         differences = compare(store, index, index.get_info(MODEL), settle_s=settle_s)
         cubes = len(index)
@@ -117,7 +117,7 @@ def _rebuild(store: Store, mountpoint: str | None, *, as_json: bool) -> int:
         return 0
     print(f"{output.number(report['cubes'])} cubes indexed in {output.seconds(report['seconds'])}")
     if report["copies"]:
-        print(f"{output.number(report['copies'])} copies got an id of their own")
+        print(f"copies that got an id of their own: {output.number(report['copies'])}")
     return 0
 
 
@@ -132,13 +132,13 @@ def _ask_mount(store: Store, mountpoint: str) -> dict[str, Any]:
             os.close(fd)
     except OSError as e:
         raise MemfsError(f"the mount at {mountpoint} did not rebuild it: {e.strerror}") from e
-    with _opened(store) as index:
+    with _opened(store, mountpoint) as index:
         report: dict[str, Any] = index.get_info(REBUILT)
     return report
 
 
-def _find(store: Store, args: argparse.Namespace) -> int:
-    with _opened(store) as index:
+def _find(store: Store, mountpoint: str | None, args: argparse.Namespace) -> int:
+    with _opened(store, mountpoint) as index:
         found = list(
             index.find(
                 kv_state=args.kv,
@@ -166,7 +166,7 @@ def _find(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
-def _opened(store: Store) -> Index:
+def _opened(store: Store, mountpoint: str | None) -> Index:
     """The store's index, read-only, once a process of its own has read it through.
 
     Raises:
@@ -176,7 +176,7 @@ def _opened(store: Store) -> Index:
     directory = index_directory(store)
     if not os.path.lexists(directory):
         raise NotFound(f"{store.root} has no index; memfs index rebuild {store.root} makes it")
-    reason = sound(directory)
+    reason = sound(directory, live=mountpoint is not None)
     if reason is not None:
         raise IndexDamaged(f"{reason}; memfs index rebuild {store.root} makes it again")
     return Index.open(directory, read_only=True)

@@ -5,8 +5,8 @@ Until it is there, and where it is damaged, everything is read from the files th
 slower. ``facts`` compares the status of a cube's files at each call, so a change beside the mount
 is seen before the watcher tells of it.
 
-Any thread. A cube is looked at by whoever needs it; long work (a rescan, the checksums of a large
-KV cache) is done by the one housekeeping thread.
+Any thread. A cube is looked at by whoever needs it; long work (a rebuild, the checksums of a large
+KV cache) is done by the one housekeeping thread, a rescan for lost events by the watcher's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfs.cube import layout
-from memfs.errors import IndexDamaged
+from memfs.errors import IndexDamaged, MemfsError
 from memfs.index.lmdb_index import Index
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect, judge
@@ -94,8 +95,10 @@ class Catalogue:
         self._jobs.put(self._rescan)
 
     def rebuild(self) -> None:
-        """Makes the index again from the files, in the background."""
-        self._jobs.put(self._rebuild)
+        """Makes the index again from the files; returns once it is done, or raises why not."""
+        done: Future[None] = Future()
+        self._jobs.put(lambda: _finish(done, self._rebuild))
+        done.result()
 
     # One cube
 
@@ -230,8 +233,9 @@ class Catalogue:
 
     def _damaged(self, reason: IndexDamaged) -> None:
         log.warning("%s; it is rebuilt", reason)
-        self.reason = str(reason)
-        self._jobs.put(self._rebuild)
+        pending, self.reason = self.reason, str(reason)
+        if not pending:  # else every look until then would ask for one more
+            self._jobs.put(self._rebuild)
 
     def _is_small(self, path: str) -> bool:
         """Whether the cube's KV cache, where there is one, may be checked while somebody waits."""
@@ -302,7 +306,7 @@ class Catalogue:
         early, self._early = self._early, set()
         for path in early:
             self._check(path)
-        self._watcher = Watcher(self.store, self._changed_beside, self.rescan)
+        self._watcher = Watcher(self.store, self._changed_beside, self._anything_changed)
         self._watcher.start()  # which asks for a first rescan once it watches
 
     def _rescan(self) -> None:
@@ -344,6 +348,13 @@ class Catalogue:
         except OSError as e:
             log.warning("index: %s", e)
 
+    def _anything_changed(self) -> None:
+        """The watcher's: events were lost, or it has begun. Its own thread looks at everything."""
+        try:
+            self._rescan()
+        except IndexDamaged as e:
+            self._damaged(e)
+
     def _on_change(self, change: Change) -> None:
         self._recent.pop(change.path, None)
         self._changed(change.path)
@@ -382,6 +393,16 @@ class Catalogue:
             _breathe(count)
             if self._stopping:
                 return
+
+
+def _finish(done: Future[None], job: Callable[[], None]) -> None:
+    """Runs a job that another thread waits for."""
+    try:
+        job()
+    except (OSError, MemfsError) as e:
+        done.set_exception(e)
+    else:
+        done.set_result(None)
 
 
 def _breathe(_count: int) -> None:
