@@ -41,6 +41,8 @@ SMALL_KV = 32 << 20
 """Bytes of a KV cache that are checked at once, some ten milliseconds; a larger one later."""
 
 _FRESH_SECONDS = 600.0
+_TICK_NS = 20_000_000
+"""The kernel's clock for file times may be behind by so much."""
 _RECENT = 8192
 
 
@@ -116,15 +118,16 @@ class Catalogue:
             self._later(path)
         return found
 
-    def touch(self, path: str, *, adopting: bool = False) -> None:
+    def touch(self, path: str, *, adopting: bool = False, header: bool = False) -> None:
         """Something in the cube was changed through the mount.
 
         Args:
             adopting: whether a cube without meta.json gets one: its text was just written.
+            header: whether it is meta.json that was written.
         """
         from memfs.index.refresh import refresh
 
-        index = self._index
+        index, now = self._index, time.time_ns()
         if index is None:
             self._touch_alone(path, adopting=adopting)
             return
@@ -143,8 +146,8 @@ class Catalogue:
             return
         self._recent.pop(path, None)
         if change.after is not None:
-            if adopting:
-                self._note_adoption(path, change.before, change.after)
+            if not header:
+                self._note_adoption(path, change.before, change.after, now)
             if _is_unread(change.after):
                 self._later(path)
         if change.matters:
@@ -249,24 +252,30 @@ class Catalogue:
             self._recent.clear()
         self._recent[path] = facts
 
-    def _note_adoption(self, path: str, before: CubeFacts | None, after: CubeFacts) -> None:
-        if after.meta_sig is not None and (before is None or before.meta_sig is None):
-            try:
-                sig = sig_of(self.store.stat(layout.join(path, layout.META)))
-            except FileNotFoundError:
-                return
-            self._fresh[path] = (sig, time.monotonic())
+    def _note_adoption(
+        self, path: str, before: CubeFacts | None, after: CubeFacts, since_ns: int
+    ) -> None:
+        """Remembers a meta.json that was made within the running operation, and for it."""
+        if after.meta_sig is None or (before is not None and before.meta_sig is not None):
+            return
+        try:
+            found = self.store.stat(layout.join(path, layout.META))
+        except FileNotFoundError:
+            return
+        if found.st_mtime_ns > since_ns - _TICK_NS:
+            self._fresh[path] = (sig_of(found), time.monotonic())
 
     def _touch_alone(self, path: str, *, adopting: bool) -> None:
         """``touch`` without an index; the cube is looked at again once there is one."""
         from memfs.vault.identity import adopt
 
         self._early.add(path)
+        now = time.time_ns()
         before = self._recent.get(path)
         after = inspect(self.store, path, before, self._model, check_kv=self._is_small(path))
         if adopting and after is not None and after.meta_sig is None:
             after = adopt(self.store, path, after, lambda _: None)
-            self._note_adoption(path, before, after)
+            self._note_adoption(path, before, after, now)
         self._recent.pop(path, None)
         self._changed(path)
 

@@ -3,7 +3,7 @@
 | path | what it is |
 | --- | --- |
 | ``status``, ``status.json`` | the mount, its index, the runtime and what is in the model |
-| ``mounted/`` | a symlink to each cube in the model; its path, ``%`` and ``/`` quoted, is its name |
+| ``mounted/`` | a symlink to each cube in the model, named by its path (``%`` and ``/`` quoted) |
 | ``events`` | the audit trail, one JSON object a line, with an end |
 | ``control`` | write-only, for the mount's owner: a word a line, ``rescan`` or ``rebuild`` |
 

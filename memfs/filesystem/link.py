@@ -85,7 +85,7 @@ class Making:
     def __init__(self, path: str) -> None:
         self.path = path
         self.error: MemfsError | None = None
-        self.waiting = 0
+        self.waiting = 1
         self._done = threading.Event()
         self._client: RuntimeClient | None = None
 
@@ -197,11 +197,12 @@ class Link:
         """Has a cube's KV cache made. Whoever calls it calls ``leave`` in the end."""
         with self._lock:
             making = self._made.get((path, uid))
-            if making is None or making.done:
-                making = self._made[path, uid] = Making(path)
-                self._thread(lambda: self._make(making, uid, gid))
-            making.waiting += 1
-            return making
+            if making is not None and not making.done:
+                making.waiting += 1
+                return making
+            making = self._made[path, uid] = Making(path)
+        self._thread(lambda: self._make(making, uid, gid))
+        return making
 
     def leave(self, making: Making) -> None:
         """One who waited for a KV cache waits no more."""

@@ -95,6 +95,11 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
         registry.remove(record.mountpoint)
 
 
+def log_path(mountpoint: str) -> Path:
+    """Where the process that serves a mount writes what it has to say."""
+    return runtime_dir() / f"mount-{registry.key(mountpoint)}.log"
+
+
 def _require_fuse() -> None:
     if not os.path.exists(_DEVICE):
         raise MountFailed(f"there is no {_DEVICE}; try: modprobe fuse")
@@ -208,7 +213,7 @@ def _in_background(
     wanted: Wanted, store: Store, held: StoreLock, record: MountRecord
 ) -> MountRecord:
     """Forks the process that serves; it says when the mount is there, or what went wrong."""
-    log = runtime_dir() / f"mount-{registry.key(record.mountpoint)}.log"
+    log = log_path(record.mountpoint)
     heard, said = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()

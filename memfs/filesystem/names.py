@@ -219,8 +219,9 @@ class Names:
     def _touch(self, path: str, *, written: bool = False) -> None:
         cube = cube_of(path)
         if cube:
-            text = written and layout.classify(path)[0] in (Role.PAYLOAD, Role.META)
-            self._catalogue.touch(cube, adopting=text)
+            role = layout.classify(path)[0] if written else Role.OTHER
+            text, header = role is Role.PAYLOAD, role is Role.META
+            self._catalogue.touch(cube, adopting=text or header, header=header)
 
     def _touch_later(self, path: str) -> None:
         cube = cube_of(path)

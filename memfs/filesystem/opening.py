@@ -117,7 +117,8 @@ class Opening:
         """A file of a cube was written; one with a text that has no header gets it now."""
         role, cube = layout.classify(path)
         if cube:
-            self._catalogue.touch(cube, adopting=role in (Role.PAYLOAD, Role.META))
+            text, header = role is Role.PAYLOAD, role is Role.META
+            self._catalogue.touch(cube, adopting=text or header, header=header)
 
     def _open_header(self, path: str, cube: str) -> Handle:
         if path in self._backing.elsewhere:

@@ -116,10 +116,11 @@ def _inside(path: str, root: str) -> str | None:
 
 
 def _started(pid: int) -> int:
-    """When a process was started, 0 where there is none."""
+    """When a process was started; 0 where there is none, or one that has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
+            fields = file.read().rpartition(b")")[2].split()
+        return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 

@@ -68,7 +68,7 @@ class Staged(Handle):
         with self._lock:
             if self._fd < 0:
                 self._fd = self._open_standing()
-            return os.preadv(self._fd, [buffer], offset)
+            return os.preadv(self._fd, [buffer], offset) if self._fd >= 0 else 0
 
     def write(self, buffer: memoryview, offset: int) -> int:
         with self._lock:
@@ -160,12 +160,14 @@ class Staged(Handle):
             self._fd = -1
             try:
                 self._start(None)
-                self._fill(standing)
+                if standing >= 0:
+                    self._fill(standing)
             except BaseException:
                 self._discard()
                 raise
             finally:
-                os.close(standing)
+                if standing >= 0:
+                    os.close(standing)
 
     def _fill(self, standing: int) -> None:
         """Copies what the file holds now into the new temporary file."""
@@ -212,7 +214,11 @@ class Staged(Handle):
         os.fchmod(fd, stat.S_IMODE(mode))
 
     def _open_standing(self) -> int:
-        return self._backing.open(self._named(), os.O_RDONLY)
+        """The file that stands there now; -1 where one is only shown, as it could be made."""
+        try:
+            return self._backing.open(self._named(), os.O_RDONLY)
+        except FileNotFoundError:
+            return -1
 
     def _named(self) -> str:
         if self.path is None:

@@ -1,0 +1,132 @@
+"""Real mounts in temporary directories. Where FUSE is not to be had, these tests are skipped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memfs.filesystem import registry
+from memfs.filesystem.mount import log_path
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    usable = os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3")
+    if usable:
+        return
+    skip = pytest.mark.skip(reason="needs /dev/fuse and fusermount3")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(skip)
+
+
+def memfs(*args: str | Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command; its environment may be added to."""
+    command = [sys.executable, "-m", "memfs.cli.main", *map(str, args)]
+    return subprocess.run(
+        command, check=check, capture_output=True, text=True, env=os.environ | env, timeout=60
+    )
+
+
+class Mount:
+    """A mounted store."""
+
+    def __init__(self, root: Path, **env: str) -> None:
+        self.store = root / "store"
+        self.dir = root / "mem"
+        self.env = {"MEMFS_AUTOSTART": "off"} | env
+
+    def start(self, *options: str) -> None:
+        memfs("mount", *options, self.store, self.dir, **self.env)
+
+    def stop(self) -> None:
+        """Ends it; whatever went wrong in it unexpectedly fails the test."""
+        memfs("umount", self.dir)
+        self.require_clean_log()
+
+    def require_clean_log(self) -> None:
+        log = log_path(str(self.dir)).read_text()
+        assert "Traceback" not in log, log
+
+    @property
+    def pid(self) -> int:
+        record = registry.at(self.dir)
+        assert record is not None
+        assert record.pid is not None
+        return record.pid
+
+    def cube(self, name: str, text: str = "Some text.\n") -> Path:
+        """A cube with a payload, made through the mount."""
+        directory = self.dir / name
+        directory.mkdir(parents=True)
+        (directory / "payload.md").write_text(text)
+        return directory
+
+    def meta(self, name: str) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.dir / name / "meta.json").read_text())
+        return loaded
+
+    def status(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.dir / ".memfs/status.json").read_text())
+        return loaded
+
+    def has_index(self) -> bool:
+        return self.status()["index"]["cubes"] is not None
+
+
+@contextlib.contextmanager
+def mounted_at(root: Path, *options: str, **env: str) -> Iterator[Mount]:
+    """A mount that is ended afterwards, if it is there still."""
+    mount = Mount(root, **env)
+    mount.start(*options)
+    try:
+        yield mount
+    finally:
+        if os.path.ismount(mount.dir):
+            mount.stop()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """A mount of the test's own, with its index open."""
+    with mounted_at(tmp_path) as mount:
+        until(mount.has_index)
+        yield mount
+
+
+@pytest.fixture(scope="module")
+def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    """A mount for all tests of a module."""
+    with mounted_at(tmp_path_factory.mktemp("shared")) as mount:
+        until(mount.has_index)
+        yield mount
+
+
+@pytest.fixture
+def place(shared_mount: Mount, request: pytest.FixtureRequest) -> Path:
+    """A directory of the test's own in the module's mount."""
+    directory = shared_mount.dir / request.node.name
+    directory.mkdir()
+    return directory
+
+
+def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Waits for something that happens behind the operations; what it was in the end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found or time.monotonic() > deadline:
+            assert found, "it did not happen in time"
+            return found
+        time.sleep(0.01)

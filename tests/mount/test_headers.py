@@ -1,0 +1,269 @@
+"""meta.json through a mount: made, shown live, edited, refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Mount, needs_root, until
+from .kvmaker import kv_file
+from .test_posix import as_user
+
+
+def rewritten(file: Path, **descriptive: Any) -> None:
+    """Edits a header as an editor does that writes in place."""
+    meta = json.loads(file.read_text())
+    meta["descriptive"] |= descriptive
+    file.write_text(json.dumps(meta))
+
+
+def test_a_new_text_has_a_header_when_the_close_returns(mount: Mount) -> None:
+    cube = mount.cube("law", "Text.\n")
+    assert sorted(os.listdir(cube)) == ["meta.json", "payload.md"]
+    meta = mount.meta("law")
+    assert meta["descriptive"]["title"] == "law"
+    digest = hashlib.sha256(b"Text.\n").hexdigest()
+    assert meta["state"]["payload"] == {"state": "ready", "bytes": 6, "sha256": digest}
+    assert meta["state"]["kv"]["state"] == "none"
+    assert json.loads((mount.store / "law/meta.json").read_text())["memfs"] == 1
+
+
+def test_its_size_is_what_is_read(mount: Mount) -> None:
+    cube = mount.cube("law")
+    for _ in range(3):
+        file = cube / "meta.json"
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            assert os.fstat(opened.fileno()).st_size == size
+            assert len(opened.read()) == size
+        (cube / "payload.md").write_text("longer than before " * size)
+
+
+def test_an_open_header_stays_what_it_was(mount: Mount) -> None:
+    cube = mount.cube("law")
+    with (cube / "meta.json").open() as opened:
+        before = opened.read()
+        (cube / "payload.md").write_text("other")
+        opened.seek(0)
+        assert opened.read() == before
+    assert (cube / "meta.json").read_text() != before
+
+
+def test_the_owner_and_mode_shown_are_the_files(mount: Mount) -> None:
+    cube = mount.cube("law")
+    (cube / "payload.md").chmod(0o640)
+    assert mount.meta("law")["governance"]["mode"] == "640"
+
+
+def test_an_edit_is_taken(mount: Mount) -> None:
+    cube = mount.cube("law")
+    rewritten(cube / "meta.json", tags=["a", "b"], extra={"kept": [1, None]})
+    meta = mount.meta("law")
+    assert meta["descriptive"]["tags"] == ["a", "b"]
+    assert meta["descriptive"]["extra"] == {"kept": [1, None]}
+    assert os.getxattr(cube, "user.memfs.id").decode() == meta["descriptive"]["id"]
+
+
+def test_an_edit_by_rename_is_taken(mount: Mount) -> None:
+    cube = mount.cube("law")
+    shutil.copy(cube / "meta.json", cube / ".meta.swp")
+    rewritten(cube / ".meta.swp", title="Renamed")
+    os.rename(cube / ".meta.swp", cube / "meta.json")
+    assert mount.meta("law")["descriptive"]["title"] == "Renamed"
+    assert sorted(os.listdir(cube)) == ["meta.json", "payload.md"]
+
+
+def test_live_parts_are_not_taken_from_an_edit(mount: Mount) -> None:
+    cube = mount.cube("law")
+    meta = mount.meta("law")
+    meta["behavioural"]["reads"] = 1000
+    meta["state"]["kv"] = {"state": "ready", "tokens": 5}
+    meta["state"]["pinned"] = True
+    (cube / "meta.json").write_text(json.dumps(meta))
+    shown = mount.meta("law")
+    assert shown["behavioural"]["reads"] == 0
+    assert shown["state"]["kv"]["state"] == "none"
+    assert shown["state"]["pinned"] is True
+    assert "kv" not in json.loads((mount.store / "law/meta.json").read_text())["state"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"memfs": 1}', '{"memfs": 2, "descriptive": {"id": "x"}}', "\udcff"]
+)
+def test_a_bad_edit_fails_the_close(mount: Mount, text: str) -> None:
+    cube = mount.cube("law")
+    before = (cube / "meta.json").read_text()
+    file = (cube / "meta.json").open("w", errors="surrogateescape")
+    file.write(text)
+    with pytest.raises(OSError, match="Invalid argument"):
+        file.close()
+    assert (cube / "meta.json").read_text() == before
+    rejected = cube / "meta.json.rejected"
+    if text:
+        assert rejected.read_bytes() == text.encode(errors="surrogateescape")
+    else:
+        assert not rejected.exists()
+
+
+def test_a_bad_header_cannot_be_renamed_into_place(mount: Mount) -> None:
+    cube = mount.cube("law")
+    before = (cube / "meta.json").read_text()
+    (cube / "new").write_text("{ bad")
+    for watched in (False, True):
+        with (cube / "meta.json").open() as opened:
+            if not watched:
+                opened.close()
+            with pytest.raises(OSError, match="Invalid") as raised:
+                os.rename(cube / "new", cube / "meta.json")
+            assert raised.value.errno == errno.EINVAL
+        assert (cube / "meta.json").read_text() == before
+        assert (cube / "meta.json.rejected").read_text() == "{ bad"
+        assert (cube / "new").read_text() == "{ bad"
+
+
+def test_a_header_cannot_be_cut_or_grow_without_end(mount: Mount) -> None:
+    cube = mount.cube("law")
+    before = (cube / "meta.json").read_text()
+    with pytest.raises(OSError, match="Invalid"):
+        os.truncate(cube / "meta.json", 10)
+    with pytest.raises(OSError, match="too large"):
+        os.truncate(cube / "meta.json", 2 << 20)
+    assert (cube / "meta.json").read_text() == before
+
+
+def test_opening_to_write_and_changing_nothing_changes_nothing(mount: Mount) -> None:
+    cube = mount.cube("law")
+    before = (mount.store / "law/meta.json").stat()
+    os.close(os.open(cube / "meta.json", os.O_RDWR))
+    with (cube / "meta.json").open("r+") as opened:
+        text = opened.read()
+        opened.seek(0)
+        opened.write(text)
+    assert (mount.store / "law/meta.json").stat().st_ino == before.st_ino
+    os.utime(cube / "meta.json", (5, 5))
+    assert (cube / "meta.json").stat().st_mtime == 5
+
+
+def test_a_change_of_mode_is_carried_out(mount: Mount) -> None:
+    cube = mount.cube("law")
+    meta = mount.meta("law")
+    meta["governance"]["mode"] = "600"
+    (cube / "meta.json").write_text(json.dumps(meta))
+    assert stat.S_IMODE((cube / "payload.md").stat().st_mode) == 0o600
+    assert mount.meta("law")["governance"]["mode"] == "600"
+
+
+@needs_root
+def test_a_change_of_owner_is_carried_out_for_root(mount: Mount) -> None:
+    cube = mount.cube("law")
+    meta = mount.meta("law")
+    meta["governance"] |= {"owner": "1234", "group": "nogroup"}
+    (cube / "meta.json").write_text(json.dumps(meta))
+    assert (cube / "payload.md").stat().st_uid == 1234
+    assert mount.meta("law")["governance"]["group"] == "nogroup"
+    meta["governance"]["owner"] = "nobody-of-this-name"
+    with pytest.raises(OSError, match="Invalid"):
+        (cube / "meta.json").write_text(json.dumps(meta))
+
+
+@needs_root
+def test_nobody_gives_files_away_through_a_header(mount: Mount) -> None:
+    cube = mount.cube("law")
+    for path in (cube, *cube.iterdir()):
+        path.chmod(0o777)
+    for above in mount.dir.parents[:-1]:
+        above.chmod(above.stat().st_mode | 0o711)
+    code = """
+        import json, sys
+        meta = json.load(open(sys.argv[1]))
+        meta["governance"][sys.argv[2]] = sys.argv[3]
+        with open(sys.argv[1], "w") as file:
+            file.write(json.dumps(meta))
+    """
+    for name, value in (("owner", "1234"), ("mode", "777"), ("mode", "600")):
+        done = as_user(1234, 1234, code, cube / "meta.json", name, value)
+        unchanged = value == "777"
+        assert ("PermissionError" in done.stderr) != unchanged, done.stderr
+    assert (cube / "payload.md").stat().st_uid == 0
+    assert stat.S_IMODE((cube / "payload.md").stat().st_mode) == 0o777
+
+
+def test_deleting_a_cube_leaves_nothing(mount: Mount) -> None:
+    mount.cube("law")
+    shutil.rmtree(mount.dir / "law")
+    assert os.listdir(mount.dir) == []
+    until(lambda: mount.status()["index"]["cubes"] == 0)
+    assert not (mount.store / "law").exists()
+
+
+def test_a_header_made_invalid_beside_the_mount_is_shown_valid(mount: Mount) -> None:
+    mount.cube("law")
+    wanted = mount.meta("law")["descriptive"]["id"]
+    (mount.store / "law/meta.json").write_text("{ broken")
+    assert mount.meta("law")["descriptive"]["id"] == wanted
+
+
+def test_renaming_a_cube_keeps_its_id_and_usage(mount: Mount) -> None:
+    mount.cube("law")
+    wanted = mount.meta("law")["descriptive"]["id"]
+    (mount.dir / "work").mkdir()
+    os.rename(mount.dir / "law", mount.dir / "work/law")
+    assert mount.meta("work/law")["descriptive"]["id"] == wanted
+    os.rename(mount.dir / "work", mount.dir / "play")
+    assert mount.meta("play/law")["descriptive"]["id"] == wanted
+    assert mount.status()["index"]["cubes"] == 1
+
+
+def test_states_follow_the_files_at_once(mount: Mount) -> None:
+    cube = mount.cube("law", "Text.\n")
+    (cube / "kv.safetensors").write_bytes(kv_file(b"Text.\n"))
+    kv = mount.meta("law")["state"]["kv"]
+    assert (kv["state"], kv["tokens"]) == ("unchecked", 8)  # no model was ever known here
+    (cube / "payload.md").write_text("Other.\n")
+    kv = mount.meta("law")["state"]["kv"]
+    assert kv["state"] == "stale"
+    assert kv["reason"].startswith("payload_sha256")
+    (cube / "payload.md").write_text("Text.\n")
+    assert mount.meta("law")["state"]["kv"]["state"] == "unchecked"
+    with (cube / "payload.md").open("a") as opened:
+        opened.write("more")
+        opened.flush()
+        os.fsync(opened.fileno())
+        assert mount.meta("law")["state"]["kv"]["state"] == "stale"
+    (cube / "new").write_text("Text.\n")
+    os.rename(cube / "new", cube / "payload.md")
+    assert mount.meta("law")["state"]["kv"]["state"] == "unchecked"
+    os.truncate(cube / "payload.md", 2)
+    assert mount.meta("law")["state"]["kv"]["state"] == "stale"
+
+
+def test_extended_attributes_tell_of_a_cube(mount: Mount) -> None:
+    cube = mount.cube("law", "Text.\n")
+    (cube / "kv.safetensors").write_bytes(kv_file(b"Text.\n"))
+    meta = mount.meta("law")
+    for path in (cube, cube / "payload.md", cube / "meta.json", cube / "kv.safetensors"):
+        assert sorted(os.listxattr(path)) == [
+            "user.memfs.id",
+            "user.memfs.kv",
+            "user.memfs.payload_sha256",
+            "user.memfs.title",
+            "user.memfs.tokens",
+        ]
+        assert os.getxattr(path, "user.memfs.id").decode() == meta["descriptive"]["id"]
+        assert os.getxattr(path, "user.memfs.reads") == b"0"
+        assert os.getxattr(path, "user.memfs.mounted") == b"no"
+        os.setxattr(path, "user.memfs.id", b"forged")
+        os.removexattr(path, "user.memfs.id")
+        assert os.getxattr(path, "user.memfs.id").decode() == meta["descriptive"]["id"]
+    (cube / "other").touch()
+    assert os.listxattr(cube / "other") == []
+    assert os.listxattr(mount.dir) == []
+    assert "user.memfs.kv" in os.listxattr(mount.cube("two") / "kv.safetensors")
