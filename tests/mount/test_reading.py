@@ -1,10 +1,11 @@
-"""Reading a file puts a memory into the model: real mounts, a real runtime, a real (small) model."""
+"""Reading a file puts a memory into the model: a real mount, a real runtime, a small model."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -54,7 +55,7 @@ def reading(
     ready.call("unmount")
     with mounted_at(tmp_path, **environment) as mount:
         until(mount.has_index)
-        until(lambda: mount.status()["runtime"]["state"] == "ready")
+        until(lambda: mount.status()["runtime"] == "ready")
         yield mount, ready
 
 
@@ -98,7 +99,7 @@ def test_cat_makes_it_and_mounts_it(reading: Reading, environment: dict[str, str
     assert meta["behavioural"]["reads"] == 1
     link = mount.dir / ".memfs/mounted/work%2Flaw"
     assert os.path.samefile(link, cube)
-    events = [json.loads(line) for line in (mount.dir / ".memfs/events").open()]
+    events = [json.loads(line) for line in (mount.dir / ".memfs/events").read_text().splitlines()]
     assert [e["event"] for e in events] == ["encoded", "mounted"]
     assert "work/law" in (mount.dir / ".memfs/status").read_text()
 
@@ -148,7 +149,7 @@ LOOKS: dict[str, Callable[[Path], Any]] = {
 def test_looking_mounts_nothing(reading: Reading, look: str) -> None:
     mount, client = reading
     kv = encoded(mount, client, "a")
-    if look == "file" and subprocess.run(["which", "file"], capture_output=True).returncode:
+    if look == "file" and not shutil.which("file"):
         pytest.skip("there is no file command")
     LOOKS[look](kv)
     time.sleep(0.3)
@@ -286,8 +287,8 @@ def test_another_user_has_a_session_of_its_own(reading: Reading, tmp_path: Path)
         return subprocess.run(command, check=False, timeout=30).returncode
 
     assert as_other(kv) == 0
-    sessions = {tuple(line["sessions"]) for line in client.call("status")["mounted"]}
-    assert sessions == {(4321,)}
+    lines = client.call("status")["mounted"]
+    assert [line["sessions"] for line in lines if line["store"] == str(mount.store)] == [[4321]]
     assert as_other(private) == 7
     assert in_model(client, mount) == {"a"}
 
@@ -330,13 +331,13 @@ def test_files_work_while_the_model_loads(
         cube = mount.cube("a", TEXT)
         reader = threading.Thread(target=read_all, args=(cube / "kv.safetensors",))
         reader.start()  # starts the runtime, and waits for it
-        until(lambda: mount.status()["runtime"]["state"] in ("starting", "loading", "ready"))
-        _, longest = slowest(operations(mount), 20)
-        waiting = reader.is_alive()
-        reader.join(timeout=60)
-        assert not reader.is_alive()
-        assert waiting, "the model was still loading"
-        assert longest < 2
+        until(lambda: mount.status()["runtime"] in ("starting", "loading", "ready"))
+        once = operations(mount)
+        times = []
+        while reader.is_alive():
+            times.append(slowest(once, 1)[1])
+        assert len(times) > 3, "the model was still loading"
+        assert max(times) < 2
         assert (mount.store / "a/kv.safetensors").exists()
 
 
