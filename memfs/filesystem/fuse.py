@@ -99,7 +99,9 @@ def serve(
             **options,
         )
     except RuntimeError as e:
-        raise MountFailed(f"libfuse gave up ({e})") from e
+        if not callbacks.served:
+            raise MountFailed(f"libfuse gave up ({e})") from e
+        log.info("libfuse ended with %s, as it does at a signal", e)
     if callbacks.failure is not None:
         raise callbacks.failure
 
@@ -111,6 +113,7 @@ class _Callbacks(mfusepy.Operations):
 
     def __init__(self, tree: Tree, started: Callable[[], None], ended: Callable[[], None]) -> None:
         self.tree = tree
+        self.served = False
         self.failure: Exception | None = None
         self._handles = tree.handles
         self._started = started
@@ -122,6 +125,7 @@ class _Callbacks(mfusepy.Operations):
         config.use_ino = 1
         config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
         connection.want &= ~_KILLPRIV
+        self.served = True
         try:
             self._started()
         except Exception as e:  # noqa: BLE001  libfuse would go on without

@@ -121,6 +121,14 @@ def place(shared_mount: Mount, request: pytest.FixtureRequest) -> Path:
     return directory
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or gone but for its parent's taking notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     """Waits for something that happens behind the operations; what it was in the end."""
     deadline = time.monotonic() + seconds
