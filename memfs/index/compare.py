@@ -42,7 +42,7 @@ def compare(
             differs is looked at once more after that.
     """
     paths = {path for path, names in store.walk() if path and layout.is_cube(names)}
-    paths.update(path for path, _ in index.under(""))
+    paths.update(index.paths())
     found = [d for path in sorted(paths) for d in _compare_cube(store, index, path, model)]
     if found and settle_s:
         time.sleep(settle_s)

@@ -150,6 +150,11 @@ class CubeTable:
             if _is_below(path, prefix):
                 yield path, facts
 
+    def paths(self) -> Iterator[str]:
+        """Every path, from the keys alone where they hold it whole."""
+        for key, value in self._env.pairs("cubes", b""):
+            yield os.fsdecode(key) if len(key) <= CUT else unseal_cube(key, value)[0]
+
     def find(
         self,
         *,

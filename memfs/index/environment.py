@@ -213,6 +213,7 @@ class Environment:
             os.fsync(fd)
         finally:
             os.close(fd)
+        sync_directory(self.directory)
 
 
 class _Full(Exception):
@@ -247,6 +248,15 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(itertools.islice(rest, size)):
         yield batch
+
+
+def sync_directory(directory: Path) -> None:
+    """Flushes the names in a directory to the disk."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def boot_id() -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from memfs.errors import IndexDamaged
 from memfs.index.check import salvage, sound
+from memfs.index.environment import sync_directory
 from memfs.index.lmdb_index import Index, Usage
 from memfs.index.refresh import COMPLETE, Model, rescan
 from memfs.vault.store import Store, give_to_owner
@@ -130,7 +131,7 @@ def rebuild(
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     if index is not None:
-        rescan(store, index, model, adopting=False)  # what changed while the new one was made
+        rescan(store, index, model)  # what changed while the new one was made
     return report
 
 
@@ -156,7 +157,7 @@ def _fresh(directory: Path) -> Path:
 
 def _swap(store: Store, directory: Path, fresh: Path) -> None:
     """Puts the closed index at ``fresh`` in the place of the one at ``directory``."""
-    for path in (fresh, *fresh.iterdir()):
+    for path in (fresh, *fresh.iterdir()) if store.writable else ():
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             give_to_owner(store, fd)
@@ -165,11 +166,7 @@ def _swap(store: Store, directory: Path, fresh: Path) -> None:
     if os.path.lexists(directory):
         directory.rename(directory.with_name(f"{directory.name}.old-{secrets.token_hex(4)}"))
     fresh.rename(directory)
-    fd = os.open(directory.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_directory(directory.parent)
     for old in _beside(directory, "old"):
         _discard(old)
 

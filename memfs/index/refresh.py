@@ -7,9 +7,10 @@ rebuild. Both read only files whose status changed. Any thread, many at once.
 
 from __future__ import annotations
 
+import contextlib
 import stat
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,9 +28,8 @@ Model = Mapping[str, str] | None
 COMPLETE = "complete"
 """Name in the index's info that is set once it knows the whole store."""
 
-_STRIPES = [threading.Lock() for _ in range(64)]
-"""A path is looked at by one thread at a time: an older look must not overwrite a younger one."""
-
+_BUSY: set[tuple[int, str]] = set()
+_FREE = threading.Condition()
 
 _NO_SIGS: dict[str, Any] = dict.fromkeys(("meta_sig", "payload_sig", "kv_sig", "adapter_sig"))
 
@@ -46,6 +46,8 @@ class Change(NamedTuple):
         """Whether more changed than by which status a file is known."""
         if self.before is None or self.after is None:
             return self.before is not self.after
+        if self.before == self.after:
+            return False
         return replace(self.before, **_NO_SIGS) != replace(self.after, **_NO_SIGS)
 
 
@@ -124,7 +126,7 @@ def rescan(
     index: Index,
     model: Model,
     *,
-    adopting: bool = True,
+    adopting: bool = False,
     known: Mapping[str, str] | None = None,
     leftovers_before: float | None = None,
     on_change: OnChange | None = None,
@@ -137,7 +139,7 @@ def rescan(
     the one whose meta.json is oldest.
 
     Args:
-        adopting: whether cubes that lost their meta.json get one again.
+        adopting: as for ``refresh``.
         known: ids by path as an older index had them, for a new one.
         leftovers_before: where given, what a crash left of publishing before that time is removed.
         stop: asked now and then; the scan ends early where it says True.
@@ -160,25 +162,16 @@ def rescan(
         _count(scan, change, on_change)
         if progress:
             progress(scan.cubes)
-    for path, _ in index.under(""):
+    for path in index.paths():
+        if stop and stop():
+            scan.complete = False
+            return scan
         if path not in seen:
             _count(scan, refresh(store, index, path, model), on_change)
-    for cube_id in index.shared_ids():
-        # False stands before True: known under this id, not new, the oldest header, by name.
-        paths = sorted(
-            index.paths_of(cube_id),
-            key=lambda path: (
-                bool(known) and known.get(path) != cube_id,
-                path in new,
-                _header_time(store, path),
-                path,
-            ),
-        )
-        for path in paths[1:]:
-            change = _tell_apart(store, index, path, paths[0])
-            scan.copies += change.matters
-            if on_change and change.matters:
-                on_change(change)
+    for change in _tell_all_apart(store, index, new, known):
+        scan.copies += 1
+        if on_change:
+            on_change(change)
     index.set_info(COMPLETE, True)
     return scan
 
@@ -194,7 +187,7 @@ def _look(
     known_id: str | None = None,
 ) -> tuple[Change, bool]:
     """``refresh`` but for telling copies apart; and whether the path owns its id."""
-    with _stripe(path):
+    with _alone(index, path):
         before = index.get(path)
         after = inspect(store, path, before, model, check_kv=check_kv)
         if after is None:
@@ -212,9 +205,30 @@ def _look(
         return Change(path, before, after), owns
 
 
+def _tell_all_apart(
+    store: Store, index: Index, new: set[str], known: Mapping[str, str]
+) -> Iterator[Change]:
+    """Gives every copy an id of its own; ``new`` and ``known`` are as in ``rescan``."""
+    for cube_id in index.shared_ids():
+        # False stands before True: known under this id, not new, the oldest header, by name.
+        original, *copies = sorted(
+            index.paths_of(cube_id),
+            key=lambda path: (
+                bool(known) and known.get(path) != cube_id,
+                path in new,
+                _header_time(store, path),
+                path,
+            ),
+        )
+        for path in copies:
+            change = _tell_apart(store, index, path, original)
+            if change.matters:
+                yield change
+
+
 def _tell_apart(store: Store, index: Index, path: str, original: str) -> Change:
     """Gives the copy at ``path`` an id of its own, where ``original`` still has the same."""
-    with _stripe(path):
+    with _alone(index, path):
         before = index.get(path)
         if before is None:
             return Change(path, None, None)
@@ -260,5 +274,16 @@ def _is_directory(store: Store, path: str) -> bool:
         return False
 
 
-def _stripe(path: str) -> threading.Lock:
-    return _STRIPES[hash(path) % len(_STRIPES)]
+@contextlib.contextmanager
+def _alone(index: Index, path: str) -> Iterator[None]:
+    """One thread at a time looks at a path, or an older look could overwrite a younger one."""
+    key = (id(index), path)
+    with _FREE:
+        _FREE.wait_for(lambda: key not in _BUSY)
+        _BUSY.add(key)
+    try:
+        yield
+    finally:
+        with _FREE:
+            _BUSY.discard(key)
+            _FREE.notify_all()

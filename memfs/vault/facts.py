@@ -30,6 +30,8 @@ from memfs.vault.store import Store, open_regular_at, read_all
 
 MAX_PAYLOAD = 256 << 20
 """Bytes of text. No digest is made of a longer payload.md, so no KV cache is ready for it."""
+MAX_KV = 1 << 40
+"""Bytes of a KV cache: a sparse file that claims more is not read through."""
 
 _BLOCK = 1 << 20
 _MARKS = (layout.PAYLOAD, layout.KV, layout.ADAPTER, layout.META)
@@ -155,13 +157,10 @@ def inspect(
     finally:
         os.close(directory)
     memories = [s for name, s in marks.items() if s is not None and name != layout.META]
-    facts = replace(
-        facts,
-        uid=holder.st_uid,
-        gid=holder.st_gid,
-        mode=stat.S_IMODE(holder.st_mode),
-        changed=max(status.st_mtime for status in memories or found),
-    )
+    changed = max(status.st_mtime for status in memories or found)
+    owner = holder.st_uid, holder.st_gid, stat.S_IMODE(holder.st_mode)
+    if (facts.uid, facts.gid, facts.mode, facts.changed) != (*owner, changed):
+        facts = replace(facts, uid=owner[0], gid=owner[1], mode=owner[2], changed=changed)
     return judge(facts, model)
 
 
@@ -223,7 +222,9 @@ def _judge_adapter(facts: CubeFacts) -> CubeFacts:
     if text is not None and trained_on is not None and text != trained_on:
         reason = f"payload_sha256 is {trained_on[:12]}… in the file, {text[:12]}… in the text"
         return replace(facts, adapter_state="stale", adapter_reason=reason)
-    return replace(facts, adapter_state="unchecked", adapter_reason=None)
+    if facts.adapter_state == "stale":
+        return replace(facts, adapter_state="unchecked", adapter_reason=None)
+    return facts
 
 
 def _status(directory: int, name: str) -> os.stat_result | None:
@@ -248,6 +249,8 @@ def _read_meta(directory: int, found: os.stat_result | None, facts: CubeFacts) -
         fd = open_regular_at(directory, layout.META)
         try:
             sig = settled_sig(os.fstat(fd))
+            if sig.size > metadata.MAX_BYTES:
+                raise InvalidMetadata(f"{sig.size} bytes; at most {metadata.MAX_BYTES}")
             meta = metadata.parse(read_all(fd, metadata.MAX_BYTES))
         finally:
             os.close(fd)
@@ -302,6 +305,8 @@ def _read_kv(
         fd = open_regular_at(directory, layout.KV)
         try:
             sig = settled_sig(os.fstat(fd))
+            if sig.size > MAX_KV:
+                raise KVCorrupt(f"it is {sig.size} bytes long; at most {MAX_KV}")
             header = kvfile.read_header(fd)
             kvfile.check_tensors(fd, header)
         finally:
@@ -360,6 +365,8 @@ def _read_adapter(directory: int, found: os.stat_result | None, facts: CubeFacts
 
 def _sha256(fd: int) -> str | None:
     """Digest of an open file, None where it is longer than MAX_PAYLOAD."""
+    if os.fstat(fd).st_size > MAX_PAYLOAD:
+        return None
     digest, done = hashlib.sha256(), 0
     while part := os.read(fd, _BLOCK):
         done += len(part)

@@ -47,9 +47,12 @@ def adopt(
             meta["descriptive"]["id"] = facts.id
     elif taken:
         try:
-            meta = metadata.as_copy(read_meta(store, path))
+            found = read_meta(store, path)
         except (OSError, InvalidMetadata, NotAllowed):
             return facts  # it changed under us: the next look sees it
+        if metadata.cube_id(found) != facts.id:
+            return facts  # likewise
+        meta = metadata.as_copy(found)
     else:
         return facts
     try:
@@ -63,7 +66,7 @@ def adopt(
     except FileExistsError:
         return facts  # somebody else gave it one just now: the next look takes that
     except OSError as e:
-        log.warning("%s: cannot write its meta.json: %s", path, e.strerror)
+        log.info("%s: cannot write its meta.json: %s", path, e.strerror)
         if not taken or facts.meta_sig is None:
             return facts
         return replace(facts, id=None, meta_sig=facts.meta_sig.unsettled())

@@ -59,10 +59,13 @@ def lock(store: Store, holder: str = "") -> StoreLock:
         os.close(control)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, os.fsencode(holder or f"is in use by process {os.getpid()}"), 0)
     except BlockingIOError:
-        said = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+        said = os.fsdecode(os.pread(fd, 4096, 0)).strip()
         os.close(fd)
         raise MountFailed(f"{store.root} {said or 'is in use by another process'}") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, (holder or f"is in use by process {os.getpid()}").encode(errors="replace"), 0)
+    except OSError:
+        os.close(fd)
+        raise
     return StoreLock(fd)

@@ -53,14 +53,12 @@ def publishing(
             if like is not None:
                 _make_like(fd, like)
             os.fsync(fd)
-            if not replace:
-                # link fails where the name is taken, rename does not
-                os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-                os.unlink(temporary, dir_fd=directory)
-            else:
+            if replace:
                 os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+            else:
+                _rename_to_free(directory, temporary, name)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=directory)
             raise
         finally:
@@ -79,13 +77,15 @@ def publish_bytes(
     replace: bool = True,
 ) -> os.stat_result:
     """Publishes ``data`` at ``path``, as ``publishing`` does; the status of the new file."""
-    with publishing(store, path, like=like, replace=replace) as (fd, _):
-        write_all(fd, data)
-        kept = os.dup(fd)
+    kept = -1
     try:
+        with publishing(store, path, like=like, replace=replace) as (fd, _):
+            kept = os.dup(fd)  # asked after the rename, which changes the status
+            write_all(fd, data)
         return os.fstat(kept)
     finally:
-        os.close(kept)
+        if kept >= 0:
+            os.close(kept)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -120,6 +120,22 @@ def remove_leftover(store: Store, path: str, before: float) -> bool:
     finally:
         os.close(fd)
     return True
+
+
+def _rename_to_free(directory: int, old: str, new: str) -> None:
+    """Renames within an open directory, unless there is something of the new name."""
+    try:
+        os.link(old, new, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # No hard links here. Between these two a file may come and be replaced.
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(new, dir_fd=directory, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new) from None
+        os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
+    else:
+        os.unlink(old, dir_fd=directory)
 
 
 def _make_like(fd: int, like: os.stat_result) -> None:

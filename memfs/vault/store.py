@@ -203,8 +203,6 @@ def _control(fd: int, root: Path, *, create: bool) -> bool:
         if create:
             _make_control(fd, os.fstat(fd))
         found = os.stat(layout.CONTROL, dir_fd=fd, follow_symlinks=False)
-    except FileExistsError as e:
-        raise NotAllowed(f"{root / layout.CONTROL} is not a directory") from e
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
             return False

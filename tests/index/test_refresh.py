@@ -266,14 +266,15 @@ def test_a_copy_that_could_not_be_told_apart_then_is_later(
     assert place.id_of("a") != place.id_of("b")
 
 
-def test_a_rescan_may_be_told_not_to_adopt(place: Place) -> None:
+def test_a_rescan_in_the_midst_of_rm_r_undoes_nothing(place: Place) -> None:
+    """Removing a large tree is what makes events get lost, and a rescan follow."""
     cube = place.cube("law")
     rescan(place.store, place.index, None)
     known = place.id_of("law")
     (cube / "meta.json").unlink()
-    rescan(place.store, place.index, None, adopting=False)
-    assert not (cube / "meta.json").exists()
     rescan(place.store, place.index, None)
+    assert not (cube / "meta.json").exists()
+    rescan(place.store, place.index, None, adopting=True)
     assert place.id_of("law") == known
 
 

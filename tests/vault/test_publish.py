@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -188,3 +189,15 @@ def test_only_leftovers_are_removed(store: Store) -> None:
     (store.root / name).symlink_to("f")
     assert not remove_leftover(store, name, young + 100)
     assert (store.root / name).is_symlink()
+
+
+def test_a_filesystem_without_hard_links(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EPERM, "as FAT says it")
+
+    monkeypatch.setattr(os, "link", link)
+    publish_bytes(store, "a/f", b"first", replace=False)
+    with pytest.raises(FileExistsError):
+        publish_bytes(store, "a/f", b"second", replace=False)
+    assert (store.root / "a" / "f").read_bytes() == b"first"
+    assert names(store) == ["f"]
