@@ -167,14 +167,15 @@ class Watcher(FileSystemEventHandler):
         warnings.filterwarnings("ignore", "Callback with id .* already exists", RuntimeWarning)
         notifier = observer = None
         try:
-            notifier = _Notifier(self._root, self._lose, self._limit)
+            notifier = _Notifier(self._root, self._lose, self._limit, lambda: self._stopping)
             notifier.start()
             observer = BaseObserver(_Emitter, inotify_fd=notifier)
             observer.schedule(self, self._root, recursive=True, event_filter=_EVENTS)
             observer.start()
         except OSError as e:
-            log.warning("%s cannot be watched: %s", self._root, e.strerror)
             self._unwatched = True
+            if not self._stopping:
+                log.warning("%s cannot be watched: %s", self._root, e.strerror)
         try:
             while (due := self._await(notifier)) is not None:
                 self._call_back(due)
@@ -226,9 +227,14 @@ class _Notifier(InotifyFD):
     """The kernel's queue, which tells of what watchdog itself passes over in silence."""
 
     def __init__(
-        self, root: str, on_overflow: Callable[[], None], on_limit: Callable[[], None]
+        self,
+        root: str,
+        on_overflow: Callable[[], None],
+        on_limit: Callable[[], None],
+        stopping: Callable[[], bool],
     ) -> None:
         super().__init__()
+        self._stopping = stopping
         self._control = os.fsencode(os.path.join(root, layout.CONTROL))
         self._on_overflow = on_overflow
         self._on_limit = on_limit
@@ -239,6 +245,8 @@ class _Notifier(InotifyFD):
         """Watches one directory. An error leaves out that directory alone, but for the root."""
         if path == self._control or path.startswith(self._control + b"/"):
             raise FileNotFoundError(errno.ENOENT, "memfs's own", path)  # the index writes there
+        if self._stopping():
+            raise InterruptedError(errno.EINTR, "stopping", path)  # the rest need not be watched
         try:
             return super().add_callback(path, mask, callback, id_)
         except OSError as e:
