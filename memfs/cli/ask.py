@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         output.print_json(report)
         return 0
-    print()
+    print(flush=True)
     _explain(report, wanted_kv=not args.no_kv)
     return 0
 

@@ -155,6 +155,9 @@ def _right_to_mount() -> Check:
         if found.st_uid != 0 or not found.st_mode & stat.S_ISUID:
             mend = _sudo(f"chown root {program} && sudo chmod u+s {program}")
             return Check("fusermount3", PROBLEM, f"{program} is not set-uid root", mend)
+        if not os.path.exists("/etc/mtab"):
+            mend = _sudo("ln -s /proc/self/mounts /etc/mtab")
+            return Check("fusermount3", PROBLEM, "cannot unmount without /etc/mtab", mend)
     return Check("fusermount3", OK, program)
 
 
