@@ -8,7 +8,7 @@ directory above, which the kernel does before each rename and removal. A ``read`
 lock.
 
 A waiting caller that is sent a signal gets EINTR, and where it was the last one nothing is made. No
-more than half of the threads that serve files wait so; one more is EAGAIN. Any thread.
+more than half of the threads that serve files wait so; one more is EBUSY. Any thread.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from memfs.errors import RuntimeUnavailable
 from memfs.filesystem.attributes import Status
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
@@ -81,7 +82,7 @@ class Makers:
     def _wait(self, making: Making, context: Context, disturbed: threading.Event | None) -> bool:
         with self._lock:
             if self._waiting >= self._limit:
-                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
             self._waiting += 1
         try:
             while not making.wait(POLL_SECONDS):
@@ -154,5 +155,12 @@ class OpenPending(Handle):
                 if self._made is None:
                     if self.path is None:
                         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                    self._made = self._finish(self.path, self._making)
+                    self._made = self._finished(self.path)
         return self._made
+
+    def _finished(self, path: str) -> Handle:
+        try:
+            return self._finish(path, self._making)
+        except RuntimeUnavailable as e:
+            # EAGAIN from a read means to many programs that there is nothing to read, and no error.
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path) from e

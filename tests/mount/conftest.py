@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from memfs.config import Config
 from memfs.filesystem import registry
 from memfs.filesystem.mount import log_path
+from memfs.runtime.client import RuntimeClient, connect, stop
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -119,6 +121,34 @@ def place(shared_mount: Mount, request: pytest.FixtureRequest) -> Path:
     directory = shared_mount.dir / request.node.name
     directory.mkdir()
     return directory
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir: Path) -> Iterator[Config]:
+    """The small model, for mounts with a runtime; it is stopped in the end."""
+    config = Config(model=str(tiny_model_dir), device="cpu", dtype="float32", threads=1)
+    yield config
+    stop(config)
+
+
+@pytest.fixture(scope="module")
+def environment(config: Config) -> dict[str, str]:
+    """The same, as the commands are told."""
+    return {
+        "MEMFS_MODEL": config.model,
+        "MEMFS_DEVICE": config.device,
+        "MEMFS_DTYPE": config.dtype,
+        "MEMFS_THREADS": "1",
+        "MEMFS_AUTOSTART": "on",
+    }
+
+
+@pytest.fixture
+def ready(config: Config) -> Iterator[RuntimeClient]:
+    """A client of that model's runtime, with the model loaded."""
+    with connect(config, start=True) as client:
+        client.call("ready", timeout=120)
+        yield client
 
 
 def has_ended(pid: int) -> bool:

@@ -10,7 +10,7 @@ import xxhash
 
 from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS
 
-MODEL = {name: "0" for name in MODEL_FIELDS} | {
+MODEL = dict.fromkeys(MODEL_FIELDS, "0") | {
     "format": FORMAT,
     "layers": "1",
     "kv_heads": "1",

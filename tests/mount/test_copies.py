@@ -63,7 +63,7 @@ COPIERS: dict[str, Callable[[Path, Path], None]] = {
     "tar": lambda source, target: run(
         "sh", "-c", f"mkdir {target} && tar -C {source} -cf - . | tar -C {target} -xf -"
     ),
-    "shutil.copytree": lambda source, target: shutil.copytree(source, target),
+    "shutil.copytree": shutil.copytree,
     "in order": lambda source, target: in_order(source, target, sorted(os.listdir(source))),
     "in reverse": lambda source, target: in_order(
         source, target, sorted(os.listdir(source), reverse=True)
@@ -123,7 +123,7 @@ def test_a_cube_made_beside_the_mount_is_indexed(mount: Mount) -> None:
     (mount.store / "deep/er").mkdir(parents=True)
     (mount.store / "deep/er/payload.md").write_text("x")
     until(lambda: mount.status()["index"]["cubes"] == 1)
-    until(lambda: (mount.dir / "deep/er/meta.json").exists())
+    until((mount.dir / "deep/er/meta.json").exists)
     shutil.rmtree(mount.store / "deep")
     until(lambda: mount.status()["index"]["cubes"] == 0)
 

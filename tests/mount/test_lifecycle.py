@@ -73,7 +73,15 @@ def test_every_way_to_end_it_is_clean(tmp_path: Path, how: str) -> None:
 
 
 def test_the_foreground(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "memfs.cli.main", "mount", "-f", tmp_path / "s", tmp_path / "m"]
+    command = [
+        sys.executable,
+        "-m",
+        "memfs.cli.main",
+        "mount",
+        "-f",
+        tmp_path / "s",
+        tmp_path / "m",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until(lambda: os.path.ismount(tmp_path / "m"))
     assert process.poll() is None
@@ -128,7 +136,7 @@ def test_a_dead_mount_is_cleared(tmp_path: Path) -> None:
     pid = mount.pid
     os.kill(pid, signal.SIGKILL)
     until(lambda: has_ended(pid))
-    with pytest.raises(OSError, match="not connected|abort"):
+    with pytest.raises(OSError, match=r"not connected|abort"):
         os.listdir(mount.dir)
     assert [r for r in registry.running() if r.mountpoint == str(mount.dir)] == []
     mount.start()
@@ -152,7 +160,7 @@ def test_a_crash_leaves_nothing_behind_for_long(tmp_path: Path) -> None:
     assert os.listdir(mount.store / ".memfs/unlinked")
     os.kill(mount.pid, signal.SIGKILL)
     for file in (opened, kept):
-        with pytest.raises(OSError, match="not connected|abort"):
+        with pytest.raises(OSError, match=r"not connected|abort"):
             file.close()
     mount.start()
     assert os.listdir(mount.store / ".memfs/unlinked") == []
@@ -203,7 +211,7 @@ def test_what_was_changed_while_it_was_not_mounted(tmp_path: Path) -> None:
     (mount.store / "new/payload.md").write_text("x")
     with mounted_at(tmp_path) as mount:
         assert mount.meta("changed")["state"]["payload"]["bytes"] == 7
-        until(lambda: (mount.dir / "new/meta.json").exists())
+        until((mount.dir / "new/meta.json").exists)
         until(lambda: mount.status()["index"]["cubes"] == 3)
 
 
@@ -259,10 +267,10 @@ def test_the_control_tree(mount: Mount) -> None:
     assert os.listdir(control / "mounted") == []
     assert stat.S_IMODE((control / "control").stat().st_mode) == 0o200
     for name in ("status", "control", "new"):
-        with pytest.raises(OSError, match="denied|permitted"):
+        with pytest.raises(OSError, match=r"denied|permitted"):
             (control / name).unlink() if name != "new" else (control / name).write_text("x")
     for name in ("status", "missing"):
-        with pytest.raises(OSError, match="denied|No such"):
+        with pytest.raises(OSError, match=r"denied|No such"):
             (control / name).open("r+" if name == "status" else "r")
     with pytest.raises(PermissionError):
         os.rename(mount.dir / "law", control / "law")
