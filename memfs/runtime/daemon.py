@@ -49,8 +49,6 @@ def run(config: Config, path: Path) -> int:
     Raises RuntimeUnavailable where another daemon serves there.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    # Big pages under the KV buffers: filling 94 MB then takes 46 page faults, not 23,000.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is there: nothing is asked of a hub
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _only_one(path), _listening(path) as listening:

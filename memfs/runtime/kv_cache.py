@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from memfs.runtime.memory import spare
+
 
 @dataclass(frozen=True)
 class KVShape:
@@ -37,7 +39,7 @@ class KVCache:
     def __init__(
         self, shape: KVShape, capacity: int, layers: list[torch.Tensor] | None = None
     ) -> None:
-        """Allocates ``capacity`` rows, none of them filled, where no ``layers`` are given."""
+        """Room for ``capacity`` rows, none filled; in ``layers``, where these are given."""
         self.shape = shape
         self.capacity = capacity
         self.length = 0
@@ -45,6 +47,15 @@ class KVCache:
         self.layers = layers or [
             torch.empty(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.layers)
         ]
+
+    @classmethod
+    def in_spare_memory(cls, shape: KVShape, capacity: int) -> KVCache:
+        """Likewise on a CPU, in memory that was made ready before, where there is enough."""
+        buffers = spare.take(shape.layers, shape.token_bytes // shape.layers * capacity)
+        if buffers is None:
+            return cls(shape, capacity)
+        size = (2, shape.kv_heads, capacity, shape.head_dim)
+        return cls(shape, capacity, [b.view(shape.dtype).view(size) for b in buffers])
 
     @property
     def nbytes(self) -> int:

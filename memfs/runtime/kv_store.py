@@ -8,8 +8,10 @@ short while it is read is then an error, not a bus error. Used by the service, i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -47,14 +49,16 @@ def read(
     """
     header = fit(fd, resident.fingerprint, payload_sha256)
     ids = _token_ids(fd, header)
-    cache = resident.engine.new_cache(resident.base + header.tokens + room)
-    cache.append(resident.preamble)
+    rows = resident.base + header.tokens + room
     if resident.shape.device.type == "cuda":
+        cache = KVCache(resident.shape, rows)
+        cache.append(resident.preamble)
         _read_through_pinned(fd, header, cache)
     else:
+        cache = KVCache.in_spare_memory(resident.shape, rows)
+        cache.append(resident.preamble)
         for index, layer in enumerate(cache.layers):
-            rows = layer[:, :, cache.length : cache.length + header.tokens]
-            _read_tensor(fd, header, layer_name(index), [part for kv in rows for part in kv])
+            _read_rows(fd, header, index, layer, cache.length)
     cache.length += header.tokens
     return cache, ids
 
@@ -95,7 +99,7 @@ def write(
     fingerprint = {
         **resident.fingerprint,
         "token_count": str(len(ids)),
-        "token_ids_sha256": ids_digest(list(ids)),
+        "token_ids_sha256": ids_digest(ids),
         "payload_sha256": payload_sha256,
         CHECKSUMS: json.dumps(checksums),
     }
@@ -107,17 +111,23 @@ def write(
 
 
 def _token_ids(fd: int, header: Header) -> list[int]:
-    ids = torch.empty(header.tokens, dtype=torch.int32)
-    _read_tensor(fd, header, TOKEN_IDS, [ids])
-    found: list[int] = ids.tolist()
-    if ids_digest(found) != header.fingerprint["token_ids_sha256"]:
+    raw = bytearray(header.tensors[TOKEN_IDS].nbytes)
+    _read_tensor(fd, header, TOKEN_IDS, [memoryview(raw)])
+    if hashlib.sha256(raw).hexdigest() != header.fingerprint["token_ids_sha256"]:
         raise KVCorrupt("token_ids do not match token_ids_sha256")
-    return found
+    return [number for (number,) in struct.iter_unpack("<i", raw)]
 
 
-def _read_tensor(fd: int, header: Header, name: str, parts: Sequence[torch.Tensor]) -> None:
-    """Reads a tensor into ``parts``, contiguous pieces of it in order, and checks its checksum."""
-    views = [_bytes_of(part) for part in parts]
+def _read_rows(fd: int, header: Header, index: int, layer: torch.Tensor, start: int) -> None:
+    """Reads a layer's rows into its buffer, from row ``start`` on."""
+    row = layer.shape[-1] * layer.itemsize
+    heads = layer.view(torch.uint8).view(-1, layer.shape[2] * row).numpy()
+    span = slice(start * row, (start + header.tokens) * row)
+    _read_tensor(fd, header, layer_name(index), [memoryview(head[span]) for head in heads])
+
+
+def _read_tensor(fd: int, header: Header, name: str, views: list[memoryview]) -> None:
+    """Reads a tensor into ``views``, pieces of it in order, and checks its checksum."""
     _read_exactly(fd, views, header.tensors[name].offset, name)
     digest = xxhash.xxh3_64()
     for view in views:
@@ -139,7 +149,7 @@ def _read_through_pinned(fd: int, header: Header, cache: KVCache) -> None:
         for index, layer in enumerate(cache.layers):
             buffer, done = staged[index % 2], copied[index % 2]
             done.synchronize()  # the copy out of this buffer, two layers ago
-            _read_tensor(fd, header, layer_name(index), [buffer])
+            _read_tensor(fd, header, layer_name(index), [_bytes_of(buffer)])
             with torch.cuda.stream(stream):
                 layer[:, :, rows].copy_(buffer, non_blocking=True)
                 done.record(stream)

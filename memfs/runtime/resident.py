@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,9 +247,9 @@ def _fingerprint(
     }
 
 
-def ids_digest(ids: tuple[int, ...] | list[int]) -> str:
+def ids_digest(ids: Sequence[int]) -> str:
     """SHA-256 of token ids as little-endian int32."""
-    return _sha256(torch.tensor(ids, dtype=torch.int32).numpy().astype("<i4").tobytes())
+    return _sha256(struct.pack(f"<{len(ids)}i", *ids))
 
 
 def _sha256(data: bytes) -> str:

@@ -76,6 +76,7 @@ class Service:
         else:
             budget = self.config.budget_bytes
             self._mounted = Mounted(resident, budget, self._io, self._publish)
+            self._mounted.prepare()
             self.state = "ready"
         self._load_seconds = time.monotonic() - self._started
         self._since_start = _process_age()
