@@ -149,7 +149,7 @@ class Control:
     def _events(self, uid: int | None) -> bytes:
         events = self._catalogue.events()
         return b"".join(
-            json.dumps(event).encode() + b"\n"
+            json.dumps(event | {"time": rfc3339(event["time"])}).encode() + b"\n"
             for event in events
             if uid is None or event.get("uid") == uid
         )

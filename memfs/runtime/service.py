@@ -19,19 +19,16 @@ from typing import Any, TypeVar
 from memfs.config import Config
 from memfs.cube import layout
 from memfs.cube.access import Caller
-from memfs.cube.kvfile import check_tensors
 from memfs.cube.metadata import rfc3339
-from memfs.errors import InvalidRequest, KVStale, MemfsError, NotFound, Refused
-from memfs.runtime import kv_store
+from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
+from memfs.runtime import cube_kv
 from memfs.runtime.answering import Answer, Part, Question, answer
 from memfs.runtime.cubes import Cube, Stores, Text
 from memfs.runtime.encoding import Encoded, Encodings, Tell, prefill
-from memfs.runtime.kv_cache import KVCache
 from memfs.runtime.mounted import Memory, Mounted
 from memfs.runtime.residency import Entry
 from memfs.runtime.resident import Resident
 from memfs.runtime.worker import Priority, Worker
-from memfs.vault.publish import publishing
 
 Events = AsyncIterator[dict[str, Any]]
 R = TypeVar("R")
@@ -306,9 +303,9 @@ class Service:
         self, mounted: Mounted, cube: Cube, text: Text, tell: Tell, *, force: bool
     ) -> dict[str, Any]:
         resident = mounted.resident
-        if not force and (ready := await self._in_io(_ready, cube, resident, text)):
+        if not force and (ready := await self._in_io(cube_kv.ready, cube, resident, text)):
             return {**ready, "event": "done", "path": cube.path, "made": False}
-        earlier = None if force else await self._in_io(_earlier, cube, resident)
+        earlier = None if force else await self._in_io(cube_kv.earlier, cube, resident)
         job = self._worker.submit(prefill(resident, text.text, earlier), Priority.ENCODE)
         try:
             async for event in job:
@@ -317,7 +314,7 @@ class Service:
             job.cancel()
             raise
         encoded: Encoded = await job.done() if job.result is None else job.result
-        size = await self._in_io(_publish, cube, resident, encoded, text)
+        size = await self._in_io(cube_kv.publish, cube, resident, encoded, text)
         await mounted.recheck(cube)  # what was mounted was another file
         mounted.announce("encoded", cube, tokens=len(encoded.ids))
         return {
@@ -361,43 +358,3 @@ def _process_age() -> float:
     with open("/proc/self/stat") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _ready(cube: Cube, resident: Resident, text: Text) -> dict[str, Any] | None:
-    """What there is to say of a KV cache that fits already; None where there is none."""
-    try:
-        fd, _ = cube.open_kv()
-    except (MemfsError, OSError):
-        return None
-    try:
-        header = kv_store.fit(fd, resident.fingerprint, text.sha256)
-        check_tensors(fd, header)
-        size = os.fstat(fd).st_size
-    except MemfsError:
-        return None
-    finally:
-        os.close(fd)
-    return {"tokens": header.tokens, "kept_tokens": header.tokens, "seconds": 0.0, "bytes": size}
-
-
-def _earlier(cube: Cube, resident: Resident) -> tuple[KVCache, list[int]] | None:
-    """This model's KV cache of an earlier text of the cube, if there is one that can be trusted."""
-    try:
-        fd, _ = cube.open_kv()
-    except (MemfsError, OSError):
-        return None
-    try:
-        return kv_store.read(fd, resident, None, room=0)
-    except MemfsError:
-        return None
-    finally:
-        os.close(fd)
-
-
-def _publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int:
-    """Publishes the file, owned like the text. Raises KVStale where the text changed meanwhile."""
-    with publishing(cube.store, cube.kv, like=text.status) as (fd, _):
-        size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
-        if cube.signature(cube.payload) != text.signature and cube.text().sha256 != text.sha256:
-            raise KVStale(f"{cube.path}: the text changed while it was encoded")
-    return size
