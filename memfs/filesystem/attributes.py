@@ -7,6 +7,10 @@ import stat
 from dataclasses import dataclass, fields
 
 
+ATTRIBUTE_SECONDS = 0.02
+"""For how long the kernel believes what it was told of a file, where it has it open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attributes:
     """The fields of ``os.stat_result`` that a mount answers with, by the same names."""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from memfs.errors import MemfsError, MountFailed
-from memfs.filesystem.attributes import Status
+from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
 from memfs.filesystem.tree import WAITERS, Tree
@@ -120,8 +120,11 @@ class _Callbacks(mfusepy.Operations):
         self._ended = ended
 
     def init_with_config(self, connection: Any, config: Any) -> None:
-        # A file's status is asked for each time: what is changed beside the mount shows at once.
-        config.entry_timeout = config.negative_timeout = config.attr_timeout = 0.0
+        # Every path is looked up anew, so what is changed beside the mount shows at once. What a
+        # lookup said of a file is believed for the moment in which the rest of the system call
+        # would ask for it again.
+        config.entry_timeout = config.negative_timeout = 0.0
+        config.attr_timeout = ATTRIBUTE_SECONDS
         config.use_ino = 1
         config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
         connection.want &= ~_KILLPRIV

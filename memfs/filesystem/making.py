@@ -16,10 +16,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from memfs.errors import RuntimeUnavailable
-from memfs.filesystem.attributes import Status
+from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
 from memfs.filesystem.link import Link, Making
@@ -54,14 +55,17 @@ class Makers:
 
     def wait_open(self, path: str, making: Making, context: Context) -> bool:
         """Waits within an ``open``; whether it has ended (False: somebody else needs the path)."""
-        waiting = _Waiting(path, context.pid)
+        waiting, started = _Waiting(path, context.pid), time.monotonic()
         with self._lock:
             self._opens.append(waiting)
         try:
-            return self._wait(making, context, waiting.disturbed)
+            ended = self._wait(making, context, waiting.disturbed)
         finally:
             with self._lock:
                 self._opens.remove(waiting)
+        # The kernel was told that the file is empty, and must have forgotten that.
+        time.sleep(max(0.0, started + 2 * ATTRIBUTE_SECONDS - time.monotonic()))
+        return ended
 
     def wait_read(self, making: Making, context: Context) -> None:
         """Waits within a ``read`` until it has ended."""

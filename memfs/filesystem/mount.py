@@ -32,7 +32,7 @@ from memfs.vault.lock import StoreLock, lock
 from memfs.vault.store import Store
 
 READY_SECONDS = 20.0
-ENDING_SECONDS = 12.0
+ENDING_SECONDS = 15.0
 """A mount that has ended may still write usage counters for some seconds, and holds the lock."""
 
 _DEVICE = "/dev/fuse"
@@ -91,6 +91,11 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     deadline = time.monotonic() + ENDING_SECONDS
     while record.alive and not lazy and time.monotonic() < deadline:
         time.sleep(0.01)
+    if record.alive and not lazy:
+        raise MountFailed(
+            f"{mountpoint} is unmounted, but process {record.pid} goes on;"
+            f" see {log_path(record.mountpoint)}"
+        )
     if dead:
         registry.remove(record.mountpoint)
 

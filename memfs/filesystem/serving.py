@@ -7,10 +7,13 @@ after the fork; until then nothing here opens the index or a connection.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +30,8 @@ from memfs.vault.store import Store
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 11.0
+"""How long the end of a mount may take; usage counters are written for up to ten seconds of it."""
 _SWITCH_SECONDS = 0.0005
 """How long a thread that computes keeps Python's lock from one that has a file operation to answer.
 """
@@ -50,6 +55,7 @@ class Server:
     def start(self) -> None:
         """Starts all that goes on behind the file operations."""
         sys.setswitchinterval(_SWITCH_SECONDS)
+        faulthandler.register(signal.SIGUSR1)  # what every thread is at, into the log
         if self._store.writable:
             self._clear_unlinked()
         self._catalogue.start()
@@ -77,7 +83,13 @@ class Server:
 
     def _ended(self) -> None:
         self._link.stop()
-        self._catalogue.stop()
+        stopping = threading.Thread(target=self._catalogue.stop, daemon=True)
+        stopping.start()
+        stopping.join(STOP_SECONDS)
+        if stopping.is_alive():
+            # A KV cache of many gigabytes is being checked: its index is not closed, which is as
+            # if the process was killed, and no worse.
+            faulthandler.dump_traceback()
         log.info("%s is not mounted any more", self._store.root)
 
     def _clear_unlinked(self) -> None:
