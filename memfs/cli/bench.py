@@ -38,7 +38,7 @@ Medians of paired runs. It uses a store of its own, and a runtime that it starts
 """
 
 QUESTION = "What did the keeper write in the log that evening?"
-"""22 tokens are computed for it: 11 of its own, 11 of the default model's chat template around it."""
+"""22 tokens are computed for it: 11 of its own, 11 of the default model's template around it."""
 
 Facts = dict[str, Any]
 
