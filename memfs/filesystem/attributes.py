@@ -6,7 +6,6 @@ import os
 import stat
 from dataclasses import dataclass, fields
 
-
 ATTRIBUTE_SECONDS = 0.02
 """For how long the kernel believes what it was told of a file, where it has it open."""
 

@@ -11,6 +11,7 @@ the mount would take the interpreter from the threads that serve it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -181,7 +182,9 @@ class Watcher(FileSystemEventHandler):
                 self._call_back(due)
         finally:
             if notifier is not None:
-                notifier.stop()
+                # Where two directories were exchanged, watchdog has lost track of one.
+                with contextlib.suppress(KeyError):
+                    notifier.stop()
                 notifier.join()
             if observer is not None and observer.is_alive():
                 observer.stop()
