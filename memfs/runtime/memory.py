@@ -2,14 +2,15 @@
 
 New memory costs a page fault for each 4 KiB: 30 to 50 ms for the 100 MB of a 4k-token cache, where
 reading and checking that takes 10. So some blocks are kept ready; a mount takes what it needs, and
-more are made ready behind it. They are beyond the budget of mounted caches: at most ``MOST`` bytes.
-Any thread.
+more are made ready when the model has nothing to do. They are beyond the budget of mounted caches:
+at most ``MOST`` bytes. Any thread.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Generator
 
 import torch
 
@@ -24,13 +25,14 @@ class Spare:
         self._lock = threading.Lock()
         self._blocks: list[mmap.mmap] = []
 
-    def prepare(self, nbytes: int) -> None:
-        """Makes ``nbytes`` ready, or ``MOST``; takes about half a millisecond a MiB."""
+    def prepare(self, nbytes: int) -> Generator[None, None, None]:
+        """Makes ``nbytes`` ready, or ``MOST``, a block a step; about half a millisecond a MiB."""
         while len(self._blocks) * BLOCK < min(nbytes, MOST):
             block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             torch.frombuffer(block, dtype=torch.uint8).zero_()  # touches it all, without the GIL
             with self._lock:
                 self._blocks.append(block)
+            yield
 
     def take(self, count: int, nbytes: int) -> list[torch.Tensor] | None:
         """``count`` buffers of ``nbytes`` each, uint8; None where they are not ready."""

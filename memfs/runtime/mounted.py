@@ -22,7 +22,6 @@ from memfs.errors import InvalidMetadata, MemfsError, NotAllowed, Refused
 from memfs.runtime import kv_store
 from memfs.runtime.cubes import Cube, Signature, Text
 from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.memory import spare
 from memfs.runtime.residency import Entry, Residency
 from memfs.runtime.resident import Resident
 
@@ -111,16 +110,8 @@ class Mounted:
             cache, _ = await self._in_io(kv_store.read, fd, self.resident, text.sha256)
         finally:
             os.close(fd)
-        self.prepare()
         memory = Memory(cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(cube.key, memory, header.tokens)
-
-    def prepare(self) -> None:
-        """Has memory made ready for the next mount, behind whatever comes now."""
-        shape = self.resident.shape
-        if shape.device.type == "cpu":
-            rows = self.resident.context + kv_store.ROOM
-            self._io.submit(spare.prepare, rows * shape.token_bytes)
 
     def keep_placed(self, key: str, cache: KVCache) -> None:
         """Keeps several cubes as they were placed, where there is room, for the next question."""

@@ -21,10 +21,11 @@ from memfs.cube import layout
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
-from memfs.runtime import cube_kv
+from memfs.runtime import cube_kv, kv_store
 from memfs.runtime.answering import Answer, Part, Question, answer
 from memfs.runtime.cubes import Cube, Stores, Text
 from memfs.runtime.encoding import Encoded, Encodings, Tell, prefill
+from memfs.runtime.memory import spare
 from memfs.runtime.mounted import Memory, Mounted
 from memfs.runtime.residency import Entry
 from memfs.runtime.resident import Resident
@@ -37,6 +38,8 @@ log = logging.getLogger("memfs.runtime")
 
 LOADING_SECONDS = 0.25
 """Between two words to a client that waits for the model."""
+IDLE_SECONDS = 0.5
+"""After which nobody seems to be asking on."""
 MAX_ANSWER = 4096
 """Tokens of one answer, whatever a request says."""
 
@@ -61,6 +64,7 @@ class Service:
         self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._started = time.monotonic()
         self._load_seconds: float | None = None
+        self._preparing = False
         self._since_start: float | None = None
 
     async def start(self) -> None:
@@ -73,7 +77,7 @@ class Service:
         else:
             budget = self.config.budget_bytes
             self._mounted = Mounted(resident, budget, self._io, self._publish)
-            self._mounted.prepare()
+            self._prepare()
             self.state = "ready"
         self._load_seconds = time.monotonic() - self._started
         self._since_start = _process_age()
@@ -135,6 +139,7 @@ class Service:
         await self._in_io(cube.require, caller, layout.KV)
         await self._in_io(cube.require, caller, layout.PAYLOAD)
         entry = await mounted.mount(cube, caller.uid, pin=pin)
+        self._prepare()
         return {"mounted": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
 
     async def unmount(self, caller: Caller, cube: Cube | None) -> dict[str, Any]:
@@ -215,6 +220,7 @@ class Service:
         finally:
             for entry in entries:
                 entry.users -= 1
+            self._prepare()
 
     async def subscribe(self, root: str) -> Events:
         """What happens to the cubes of a store, from now on."""
@@ -238,6 +244,22 @@ class Service:
         return self._stores.cube(root, path)
 
     # How they do it.
+
+    def _prepare(self) -> None:
+        """Has memory made ready for the next mount, once nothing else is wanted."""
+        if self._preparing or self._mounted is None:
+            return
+        shape = self._mounted.resident.shape
+        if shape.device.type != "cpu":
+            return
+        nbytes = (self._mounted.resident.context + kv_store.ROOM) * shape.token_bytes
+
+        def now() -> None:
+            self._preparing = False
+            self._worker.submit(spare.prepare(nbytes), Priority.IDLE)
+
+        self._preparing = True
+        asyncio.get_running_loop().call_later(IDLE_SECONDS, now)
 
     def _say(self, step: str) -> None:
         self.step = step

@@ -28,6 +28,7 @@ class Priority(IntEnum):
 
     ANSWER = 0
     ENCODE = 1
+    IDLE = 2
 
 
 class Job(Generic[Item, Result]):
