@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memfs.cube import layout
-from memfs.errors import IndexDamaged, MemfsError
+from memfs.errors import IndexDamaged
 from memfs.index.lmdb_index import Index
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect, judge
@@ -305,7 +305,12 @@ class Catalogue:
         from memfs.index.rebuild import MODEL, open_or_empty
         from memfs.vault.watch import Watcher
 
-        index, reason = open_or_empty(self.store)
+        try:
+            index, reason = open_or_empty(self.store)
+        except OSError as e:
+            self.reason = f"it cannot be opened: {e}"
+            log.warning("index: %s", e)
+            return
         if reason is not None:
             log.info("the index is made again: %s", reason)
         if self._model is None:
@@ -338,6 +343,7 @@ class Catalogue:
 
         index = self._index
         if index is None:
+            self._open()
             return
         rebuild(self.store, index.directory, self._model, _breathe, index=index)
         self._recent.clear()
@@ -396,9 +402,8 @@ class Catalogue:
             return
         index.set_info(MODEL, dict(model))
         for count, (path, facts) in enumerate(index.under("")):
-            judged = judge(facts, model)
-            if judged != facts:
-                index.put(path, judged)
+            if judge(facts, model) != facts:
+                self._check(path)
             _breathe(count)
             if self._stopping:
                 return
@@ -408,7 +413,7 @@ def _finish(done: Future[None], job: Callable[[], None]) -> None:
     """Runs a job that another thread waits for."""
     try:
         job()
-    except (OSError, MemfsError) as e:
+    except Exception as e:  # noqa: BLE001  it is raised where it is waited for
         done.set_exception(e)
     else:
         done.set_result(None)

@@ -74,11 +74,10 @@ class Headers:
             PermissionError: it changes owner, group or mode, and the writer may not.
         """
         meta = metadata.parse(text)
-        try:
-            old: Meta | None = identity.read_meta(self._backing.store, cube)
-        except (InvalidMetadata, NotAllowed, FileNotFoundError):
-            old = None
+        old = self._before(cube)
         if old is not None and metadata.cube_id(old) == metadata.cube_id(meta):
+            if base is None and (known := self._rendered.get(cube)):
+                base = known[2]
             if base is not None:
                 self._govern(cube, meta, metadata.parse(base), context)
             _take(meta, old, "governance", _GOVERNED)
@@ -88,10 +87,22 @@ class Headers:
             _take(meta, {}, "state", _FOUND)  # a cube that arrives keeps the counters it brings
         return metadata.render(meta)
 
-    def keep_rejected(self, cube: str, text: bytes, like: os.stat_result) -> None:
-        """Keeps the text of a refused header beside the one that stands."""
+    def _before(self, cube: str) -> Meta | None:
+        """The stored header; where an editor has renamed that away, what was last shown of it."""
+        try:
+            return identity.read_meta(self._backing.store, cube)
+        except (InvalidMetadata, NotAllowed, FileNotFoundError):
+            known = self._rendered.get(cube)
+            return metadata.parse(known[2]) if known else None
+
+    def keep_rejected(
+        self, cube: str, text: bytes, found: os.stat_result, context: Context
+    ) -> None:
+        """Keeps the text of a refused header beside the one that stands, as the writer's file."""
         if text:
             path = layout.join(cube, layout.REJECTED)
+            ids = (context.uid, context.gid)
+            like = os.stat_result((found.st_mode, 0, 0, 1, *ids, len(text), 0, 0, 0))
             publish_bytes(self._backing.store, path, text, like=like)
 
     def _govern(self, cube: str, meta: Meta, base: Meta, context: Context) -> None:

@@ -140,7 +140,7 @@ def _prepare_mountpoint(given: str) -> str:
     if not stat.S_ISDIR(found.st_mode):
         raise MountFailed(f"{given} is not a directory")
     try:
-        if next(os.scandir(mountpoint), None) is not None:
+        if os.listdir(mountpoint):
             raise MountFailed(f"{given} is not empty")
     except PermissionError as e:
         raise MountFailed(f"{given}: {e.strerror}") from e

@@ -184,7 +184,7 @@ class Names:
         try:
             data = self._headers.accept(cube, text, base, self._context())
         except (InvalidMetadata, PermissionError):
-            self._headers.keep_rejected(cube, text, found)
+            self._headers.keep_rejected(cube, text, found, self._context())
             raise
         return None if data == text else (target, data)
 
@@ -214,7 +214,7 @@ class Names:
         """What is still being written beside its place is put there before it gets another."""
         for handle in self._handles.on(path):
             if isinstance(handle, Staged):
-                handle.flush()
+                handle.settle()
 
     def _touch(self, path: str, *, written: bool = False) -> None:
         cube = cube_of(path)

@@ -42,10 +42,19 @@ class OpenHeader(Staged):
                 return copy_into(buffer, self._base, offset)
             return super().read(buffer, offset)
 
+    def fsync(self, *, data_only: bool) -> None:  # noqa: ARG002
+        """As a close: an editor that flushes before it closes is told of a bad header then."""
+        self.flush()
+
     def status(self) -> Status | None:
         if self._temporary is None and self._base is not None and self.path is not None:
             return shown_as(self._backing.status(self.path), len(self._base))
         return super().status()
+
+    def _end_empty(self) -> None:
+        """Nothing is no header: the one that stands, stands."""
+        if not self._written:
+            self._discard()
 
     def _fill(self, standing: int) -> None:
         """Starts from the header as it reads, not as it is stored."""
@@ -63,7 +72,7 @@ class OpenHeader(Staged):
         try:
             data = self._headers.accept(cube, text, self._base, self._context)
         except (InvalidMetadata, PermissionError):
-            self._headers.keep_rejected(cube, text, found)
+            self._headers.keep_rejected(cube, text, found, self._context)
             raise
         if data != text:
             os.pwrite(self._fd, data, 0)

@@ -25,6 +25,7 @@ from memfs.filesystem.handles import (
 from memfs.filesystem.header import Headers
 from memfs.filesystem.open_header import OpenHeader
 from memfs.filesystem.staged import Staged
+from memfs.vault.sig import Sig, sig_of
 
 STAGED = (Role.META, Role.KV, Role.ADAPTER_WEIGHTS)
 """Files that are never changed in place."""
@@ -74,11 +75,14 @@ class Opening:
     def create(self, path: str, mode: int, flags: int) -> Handle:
         """Makes and opens a new file; opens the one that is there, unless it must be new."""
         require_free(path)
-        role, _ = layout.classify(path)
+        role, cube = layout.classify(path)
         if role in STAGED:
-            # The caller was told that there is none where memfs made it (see ``context``).
-            if self._backing.exists(path) and not flags & os.O_EXCL:
-                return self.open(path, flags)
+            if self._backing.exists(path):
+                if not flags & os.O_EXCL:
+                    return self.open(path, flags)
+                if role is not Role.META or not self._catalogue.is_fresh(cube, self._sig(path)):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+                # The caller was told that there is none, as memfs itself has just made it.
             handle = self.open_staged(path, role)
             handle.begin(mode)
             return handle
@@ -119,6 +123,9 @@ class Opening:
         if cube:
             text, header = role is Role.PAYLOAD, role is Role.META
             self._catalogue.touch(cube, adopting=text or header, header=header)
+
+    def _sig(self, path: str) -> Sig:
+        return sig_of(self._backing.status(path))
 
     def _open_header(self, path: str, cube: str) -> Handle:
         if path in self._backing.elsewhere:

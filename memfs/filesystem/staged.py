@@ -6,6 +6,11 @@ into place: what others have open or mapped is never changed under them, and a c
 file. Until then the mount shows the temporary file under the path, so that ``fchmod`` or
 ``futimens`` before the close reach it.
 
+Every close of every duplicate of the descriptor is told of, and which is the last is not known: a
+shell closes one before the program that it starts has written anything. So a file that was emptied
+and nothing else is left alone until the last one is gone, and one that was refused goes on with
+what it has.
+
 Programs that have the file open for writing at once share one ``Staged``. Any thread; each holds a
 lock of its own while it writes, so two writes never both start a copy.
 """
@@ -48,6 +53,8 @@ class Staged(Handle):
         self._users = 1
         self._fd = -1  # the temporary file, or what it became; -1 before the first use
         self._temporary: str | None = None  # its path in the store while it stands beside
+        self._written = False  # since it was emptied, or published
+        self._refused: Exception | None = None  # why the present content was not taken
 
     def share(self) -> bool:
         """One more program opens it; False where the last one is just closing it."""
@@ -59,10 +66,12 @@ class Staged(Handle):
     def begin(self, mode: int | None = None) -> None:
         """Starts from nothing; with a ``mode``, as a new file of the caller's."""
         with self._lock:
-            if self._temporary is not None:
-                os.ftruncate(self._fd, 0)
-            else:
+            if self._temporary is None:
                 self._start(mode)
+            else:
+                self._show(self._temporary)
+                os.ftruncate(self._fd, 0)
+            self._written, self._refused = False, None
 
     def read(self, buffer: memoryview, offset: int) -> int:
         with self._lock:
@@ -81,6 +90,7 @@ class Staged(Handle):
             self._require_room(length)
             if length == 0:
                 self.begin()
+                self._written = True  # it was asked for, and not just how the file was opened
             else:
                 self._change()
                 os.ftruncate(self._fd, length)
@@ -96,19 +106,27 @@ class Staged(Handle):
 
     def flush(self) -> None:
         with self._lock:
-            if self._temporary is None or self.path is None:
+            if self._temporary is None or self.path is None or not self._written:
                 return
+            if self._refused is not None:
+                raise self._refused
             try:
                 if not self._accept(self.path):
                     self._discard()
                     return
-                os.fsync(self._fd)
                 placed = self._place()
-            except BaseException:
-                self._discard()
+            except Exception as e:
+                self._refused = e
+                self._withdraw()
                 raise
         if placed is not None:
             self._published(placed)
+
+    def settle(self) -> None:
+        """What was written is put into place before its name is used for something else."""
+        self.flush()
+        with self._lock:
+            self._end_empty()
 
     def fsync(self, *, data_only: bool) -> None:  # noqa: ARG002
         """To the disk, not into place: a program may flush what it has only half written."""
@@ -121,15 +139,11 @@ class Staged(Handle):
             self._users -= 1
             if self._users:
                 return
+            self._end_empty()
             self._discard()
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
-
-    @property
-    def in_use(self) -> bool:
-        """Whether any program has it open."""
-        return self._users > 0
 
     def moved(self, old: str, new: str) -> None:
         """Called under ``backing.moving``, which has moved the path of the temporary file too."""
@@ -149,13 +163,23 @@ class Staged(Handle):
         """Looks at what was written; False where there is nothing to publish after all."""
         return True
 
+    def _end_empty(self) -> None:
+        """If it was emptied when it was opened, and nothing was written, that is how it stays."""
+        if self._temporary is not None and self.path is not None and not self._written:
+            placed = self._place()
+            if placed is not None:
+                self._published(placed)
+
     def _require_room(self, size: int) -> None:
         if self.limit is not None and size > self.limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     def _change(self) -> None:
         """There is a temporary file with the present content, to be changed."""
-        if self._temporary is None:
+        self._written, self._refused = True, None
+        if self._temporary is not None:
+            self._show(self._temporary)
+        else:
             standing = self._fd if self._fd >= 0 else self._open_standing()
             self._fd = -1
             try:
@@ -196,7 +220,7 @@ class Staged(Handle):
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd, self._temporary = fd, temporary
-            self._backing.elsewhere[path] = temporary
+            self._show(temporary)
 
     def _dress(self, fd: int, parent: int, mode: int | None) -> None:
         """Owner and mode of the file that it will replace, or of a new one of the caller's."""
@@ -225,15 +249,28 @@ class Staged(Handle):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return self.path
 
+    def _show(self, temporary: str) -> None:
+        """The mount shows the temporary file under the path."""
+        with self._backing.moving:
+            if self.path is not None:
+                self._backing.elsewhere[self.path] = temporary
+
+    def _withdraw(self) -> None:
+        """The mount shows the file that stands there again."""
+        with self._backing.moving:
+            if self.path is not None and self._backing.elsewhere.get(self.path) == self._temporary:
+                del self._backing.elsewhere[self.path]
+
     def _place(self) -> str | None:
         """Renames it into place; its path there, or None where it was unlinked meanwhile."""
+        os.fsync(self._fd)
         with self._backing.moving:
             path, temporary = self.path, self._temporary
             if path is None or temporary is None:
                 return None
-            self._backing.elsewhere.pop(path, None)
+            self._withdraw()
             self._backing.rename(temporary, path)
-            self._temporary = None
+            self._temporary, self._written = None, False
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             directory = self._backing.store.open_dir(layout.split(path)[0])
         try:

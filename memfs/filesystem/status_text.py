@@ -29,7 +29,12 @@ def status_text(facts: dict[str, Any]) -> str:
         for refusal in reversed(facts["refusals"]):
             name = refusal.get("path") or refusal.get("cube")
             lines.append(f"  {name}: {refusal.get('reason')}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(_plain, lines)) + "\n"
+
+
+def _plain(line: str) -> str:
+    """A line with control characters escaped: the name of a cube must not drive the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _runtime(facts: dict[str, Any]) -> str:

@@ -240,3 +240,12 @@ def test_files_that_are_no_plain_files_do_not_matter(mount: Mount) -> None:
     assert os.readlink(mount.dir / "link/kv.safetensors") == "/etc/passwd"
     with pytest.raises(OSError, match="No data"):
         os.getxattr(mount.dir / "link", "user.memfs.payload_sha256")
+
+
+def test_a_shell_writes_a_blob(mount: Mount, cube: Path, tmp_path: Path) -> None:
+    (tmp_path / "kv").write_bytes(KV)
+    subprocess.run(["sh", "-c", f"cat {tmp_path}/kv > {cube}/kv.safetensors"], check=True)
+    assert (cube / "kv.safetensors").read_bytes() == KV
+    assert mount.meta("law")["state"]["kv"]["tokens"] == 64
+    subprocess.run(["sh", "-c", f": > {cube}/kv.safetensors"], check=True)
+    until(lambda: (mount.store / "law/kv.safetensors").stat().st_size == 0)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_live_parts_are_not_taken_from_an_edit(mount: Mount) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"memfs": 1}', '{"memfs": 2, "descriptive": {"id": "x"}}', "\udcff"]
+    "text", ["{", "[]", '{"memfs": 1}', '{"memfs": 2, "descriptive": {"id": "x"}}', "\udcff"]
 )
 def test_a_bad_edit_fails_the_close(mount: Mount, text: str) -> None:
     cube = mount.cube("law")
@@ -107,10 +108,7 @@ def test_a_bad_edit_fails_the_close(mount: Mount, text: str) -> None:
         file.close()
     assert (cube / "meta.json").read_text() == before
     rejected = cube / "meta.json.rejected"
-    if text:
-        assert rejected.read_bytes() == text.encode(errors="surrogateescape")
-    else:
-        assert not rejected.exists()
+    assert rejected.read_bytes() == text.encode(errors="surrogateescape")
 
 
 def test_a_bad_header_cannot_be_renamed_into_place(mount: Mount) -> None:
@@ -267,3 +265,75 @@ def test_extended_attributes_tell_of_a_cube(mount: Mount) -> None:
     assert os.listxattr(cube / "other") == []
     assert os.listxattr(mount.dir) == []
     assert "user.memfs.kv" in os.listxattr(mount.cube("two") / "kv.safetensors")
+
+
+@pytest.mark.parametrize(
+    "program", ["cat {new} > {meta}", "bash -c 'echo \"$(cat {new})\" > {meta}'"]
+)
+def test_a_shell_writes_a_header(mount: Mount, program: str) -> None:
+    """A shell closes a duplicate of the descriptor before anything is written."""
+    cube = mount.cube("law")
+    new = mount.dir / "new"
+    meta = mount.meta("law")
+    meta["descriptive"]["title"] = "Short"
+    new.write_text(json.dumps(meta))
+    command = program.format(new=new, meta=cube / "meta.json")
+    subprocess.run(["sh", "-c", command], check=True)
+    assert mount.meta("law")["descriptive"]["title"] == "Short"
+    assert not (cube / "meta.json.rejected").exists()
+    new.write_text("{ bad")
+    subprocess.run(["sh", "-c", command], check=False, capture_output=True)
+    until(lambda: mount.meta("law")["descriptive"]["title"] == "Short")
+    assert (cube / "meta.json.rejected").read_text().rstrip() == "{ bad"
+
+
+def test_a_header_that_is_only_emptied_stands(mount: Mount) -> None:
+    cube = mount.cube("law")
+    before = (cube / "meta.json").read_text()
+    subprocess.run(["sh", "-c", f": > {cube}/meta.json"], check=True)
+    assert not (cube / "meta.json.rejected").exists()
+    until(lambda: (cube / "meta.json").read_text() == before)
+    with pytest.raises(OSError, match="Invalid"):
+        os.truncate(cube / "meta.json", 0)
+    assert (cube / "meta.json").read_text() == before
+
+
+def test_what_is_refused_can_be_mended_before_it_is_closed_for_good(mount: Mount) -> None:
+    cube = mount.cube("law")
+    text = (cube / "meta.json").read_text().replace('"law"', '"mended"')
+    fd = os.open(cube / "meta.json", os.O_RDWR | os.O_TRUNC)
+    os.write(fd, text[:50].encode())
+    for close in (lambda: os.close(os.dup(fd)), lambda: os.close(os.dup(fd)), lambda: os.fsync(fd)):
+        with pytest.raises(OSError, match="Invalid"):
+            close()
+    assert mount.meta("law")["descriptive"]["title"] == "law"
+    os.write(fd, text[50:].encode())
+    os.close(fd)
+    assert mount.meta("law")["descriptive"]["title"] == "mended"
+
+
+def test_an_editor_that_renames_the_old_header_away(mount: Mount) -> None:
+    cube = mount.cube("law")
+    meta = mount.meta("law")
+    meta["governance"]["mode"] = "600"
+    meta["behavioural"]["reads"] = 99
+    os.rename(cube / "meta.json", cube / "meta.json~")
+    (cube / "meta.json").write_text(json.dumps(meta))
+    (cube / "meta.json~").unlink()
+    shown = mount.meta("law")
+    assert shown["descriptive"] == meta["descriptive"]
+    assert shown["behavioural"]["reads"] == 0
+    assert stat.S_IMODE((cube / "payload.md").stat().st_mode) == 0o600
+
+
+@needs_root
+def test_the_rejected_text_is_the_writers(mount: Mount) -> None:
+    cube = mount.cube("law")
+    for path in (cube, *cube.iterdir()):
+        path.chmod(0o777)
+    for above in mount.dir.parents[:-1]:
+        above.chmod(above.stat().st_mode | 0o711)
+    code = "import sys; open(sys.argv[1], 'w').write('bad')"
+    as_user(1234, 2345, code, cube / "meta.json")
+    found = until((cube / "meta.json.rejected").stat)
+    assert (found.st_uid, found.st_gid) == (1234, 2345)
