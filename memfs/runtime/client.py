@@ -19,7 +19,7 @@ from typing import Any
 
 from memfs.config import Config
 from memfs.errors import InvalidRequest, RuntimeUnavailable, from_wire
-from memfs.runtime.protocol import MAX_LINE, decode, encode, socket_path
+from memfs.runtime.protocol import MAX_LINE, decode, encode, model_spec, socket_path
 
 START_SECONDS = 10.0
 """How long a new daemon may take to answer its socket. It binds that before it loads anything."""
@@ -151,8 +151,7 @@ def log_path(config: Config) -> Path:
 
 def _start(config: Config, path: Path) -> RuntimeClient:
     command = [sys.executable, "-m", "memfs.runtime.daemon", "--socket", os.fspath(path)]
-    model = os.path.realpath(config.model) if os.path.exists(config.model) else config.model
-    command += ["--model", model, "--device", config.device, "--dtype", config.dtype]
+    command += ["--model", model_spec(config), "--device", config.device, "--dtype", config.dtype]
     command += ["--threads", str(config.threads), "--budget-bytes", str(config.budget_bytes)]
     with log_path(config).open("ab") as log:
         daemon = subprocess.Popen(

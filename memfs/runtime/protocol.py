@@ -25,11 +25,17 @@ MAX_LINE = 8 << 20
 """Bytes of one line; a longer one ends the connection."""
 
 
-def model_key(config: Config) -> str:
-    """A short name for a model as it is served: the spec, and device and dtype where chosen."""
+def model_spec(config: Config) -> str:
+    """The model that a configuration names; a path as one that is right from everywhere."""
     spec = config.model
     if spec != DEFAULT_MODEL and os.path.exists(spec):
-        spec = os.path.realpath(spec)
+        return os.path.realpath(spec)
+    return spec
+
+
+def model_key(config: Config) -> str:
+    """A short name for a model as it is served: the spec, and device and dtype where chosen."""
+    spec = model_spec(config)
     chosen = [part for part in (config.device, config.dtype) if part != "auto"]
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(spec).name)[:40].strip("-.") or "model"
     digest = hashlib.sha256("\0".join([spec, *chosen]).encode()).hexdigest()[:8]
