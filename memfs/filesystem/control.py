@@ -72,7 +72,7 @@ class Control:
             "status.json": lambda uid: (json.dumps(self._facts(uid), indent=2) + "\n").encode(),
             "events": self._events,
         }
-        self._words = {"rescan": catalogue.rescan, "rebuild": catalogue.rebuild}
+        self._words = {"rescan": catalogue.keeper.rescan, "rebuild": catalogue.keeper.rebuild}
 
     def status(self, path: str) -> Attributes:
         """What is shown of a path in the control tree."""
@@ -171,7 +171,8 @@ class Control:
                     for cube, found in state.mounted.items()
                 ],
             }
-        mounted, refusals = runtime["mounted"], list(self._link.refusals)
+        refusals = list(self._link.refusals)
+        mounted = [line for line in runtime["mounted"] if line["store"] == self._mount.store]
         if uid is not None:
             mounted = [line for line in mounted if uid in line.get("sessions", ())]
             refusals = [refusal for refusal in refusals if refusal.get("uid") == uid]
@@ -182,7 +183,10 @@ class Control:
             "mount_on_read": self._mount.mount_on_read,
             "pid": os.getpid(),
             "since": rfc3339(self._started),
-            "index": {"cubes": self._catalogue.cubes(), "reason": self._catalogue.reason or None},
+            "index": {
+                "cubes": self._catalogue.cubes(),
+                "reason": self._catalogue.keeper.reason or None,
+            },
             "mounted": mounted,
             "refusals": refusals,
         }

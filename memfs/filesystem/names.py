@@ -202,7 +202,7 @@ class Names:
         if flags & RENAME_EXCHANGE:
             for path in (old, new):
                 self._touch(path, written=True)
-                self._catalogue.look_below(path)
+                self._catalogue.keeper.later_below(path)
             return
         if stat.S_ISDIR(self._backing.status(new).st_mode):
             self._catalogue.moved(old, new)
@@ -226,7 +226,7 @@ class Names:
     def _touch_later(self, path: str) -> None:
         cube = cube_of(path)
         if cube:
-            self._catalogue.look_below(cube)
+            self._catalogue.keeper.later_below(cube)
 
 
 def cube_of(path: str) -> str:

@@ -58,7 +58,7 @@ class Server:
         faulthandler.register(signal.SIGUSR1)  # what every thread is at, into the log
         if self._store.writable:
             self._clear_unlinked()
-        self._catalogue.start()
+        self._catalogue.keeper.start()
         self._link.start()
         log.info("%s is mounted at %s", self._store.root, self._mountpoint)
 
@@ -76,14 +76,14 @@ class Server:
         if event.get("event") == "asked":
             self._catalogue.count(path, questions=1)
         elif event.get("event") == "encoded":
-            self._catalogue.look_below(path)
+            self._catalogue.keeper.later_below(path)
 
     def _cube_changed(self, path: str) -> None:
         self._link.changed(path)
 
     def _ended(self) -> None:
         self._link.stop()
-        stopping = threading.Thread(target=self._catalogue.stop, daemon=True)
+        stopping = threading.Thread(target=self._catalogue.keeper.stop, daemon=True)
         stopping.start()
         stopping.join(STOP_SECONDS)
         if stopping.is_alive():

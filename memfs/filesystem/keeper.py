@@ -1,0 +1,248 @@
+"""The index of a mount, opened, watched, mended and closed behind the file operations.
+
+The index is checked, opened or made again in a thread of its own while the mount already serves
+files; where it is damaged it is rebuilt in place. One housekeeping thread does that, and whatever
+takes long: a rebuild, the checksums of a large KV cache. The watcher's thread takes in what is
+changed beside the mount. Used by the catalogue; ``ask`` and ``later`` from any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
+
+from memfs.cube import layout
+from memfs.errors import IndexDamaged
+from memfs.index.lmdb_index import Index
+from memfs.vault.facts import judge
+from memfs.vault.store import Store
+
+if TYPE_CHECKING:
+    from memfs.index.refresh import Change
+    from memfs.vault.watch import Watcher
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Model = Mapping[str, str] | None
+
+
+class IndexKeeper:
+    """Holds the index of one store, from soon after ``start`` until ``stop``."""
+
+    def __init__(self, store: Store, on_change: Callable[[Change], None]) -> None:
+        """``on_change`` is told of every cube that was found changed; it must not wait."""
+        self.store = store
+        self.index: Index | None = None
+        self.reason = "it is being opened"
+        """Why there is no index now, or it is not to be trusted; "" where all is well."""
+        self.model: Model = None
+        """The model's part of the fingerprint, as last known."""
+        self._on_change = on_change
+        self._early: set[str] = set()
+        self._pending: set[str] = set()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="index", daemon=True)
+        self._watcher: Watcher | None = None
+        self._stopping = False
+        self._started = time.time()
+
+    def start(self) -> None:
+        """Opens the index and watches the store, all in the background."""
+        self._jobs.put(self._open)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Writes the usage counters into the headers and closes the index."""
+        from memfs.index.history import write_back_usage
+
+        self._stopping = True
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._jobs.put(None)
+        self._thread.join()
+        index, self.index = self.index, None
+        if index is None:
+            return
+        try:
+            write_back_usage(self.store, index)
+        except (OSError, IndexDamaged) as e:
+            log.warning("the usage counters are not in the headers: %s", e)
+        index.close()
+
+    def ask(self, body: Callable[[Index], T], default: T) -> T:
+        """What ``body`` answers from the index; ``default`` where there is none, or a bad one."""
+        index = self.index
+        if index is None:
+            return default
+        try:
+            return body(index)
+        except IndexDamaged as e:
+            self._damaged(e)
+        except OSError as e:
+            log.warning("index: %s", e)
+        return default
+
+    def set_model(self, model: Mapping[str, str]) -> None:
+        """A model is resident: every KV cache is judged by it."""
+        self.model = dict(model)
+        self._jobs.put(self._judge_all)
+
+    def early(self, path: str) -> None:
+        """A cube was changed while there was no index: it is looked at once there is one."""
+        self._early.add(path)
+
+    def later(self, path: str) -> None:
+        """Has the index brought up to date with one cube, its KV cache read whatever its size."""
+        if path not in self._pending:
+            self._pending.add(path)
+            self._jobs.put(lambda: self._refresh(path))
+
+    def later_below(self, path: str) -> None:
+        """``later`` for every cube at and below a directory."""
+        self._jobs.put(lambda: self._refresh_below(path))
+
+    def rescan(self) -> None:
+        """Looks at every cube again, in the background."""
+        self._jobs.put(self._rescan)
+
+    def rebuild(self) -> None:
+        """Makes the index again from the files; returns once it is done, or raises why not."""
+        done: Future[None] = Future()
+        self._jobs.put(lambda: _finish(done, self._rebuild))
+        done.result()
+
+    def _damaged(self, reason: IndexDamaged) -> None:
+        log.warning("%s; it is rebuilt", reason)
+        pending, self.reason = self.reason, str(reason)
+        if not pending:  # else every look until then would ask for one more
+            self._jobs.put(self._rebuild)
+
+    # The housekeeping thread
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except IndexDamaged as e:
+                self._damaged(e)
+            except OSError as e:
+                log.warning("index: %s", e)
+            except Exception:
+                log.exception("housekeeping failed")
+
+    def _open(self) -> None:
+        from memfs.index.rebuild import MODEL, open_or_empty
+        from memfs.vault.watch import Watcher
+
+        try:
+            index, reason = open_or_empty(self.store)
+        except OSError as e:
+            self.reason = f"it cannot be opened: {e}"
+            log.warning("index: %s", e)
+            return
+        if reason is not None:
+            log.info("the index is made again: %s", reason)
+        if self.model is None:
+            self.model = index.get_info(MODEL)
+        self.index, self.reason = index, ""
+        early, self._early = self._early, set()
+        for path in early:
+            self._refresh(path)
+        self._watcher = Watcher(self.store, self._changed_beside, self._anything_changed)
+        self._watcher.start()  # which asks for a first rescan once it watches
+
+    def _rescan(self) -> None:
+        from memfs.index.refresh import rescan
+
+        if self.index is not None:
+            rescan(
+                self.store,
+                self.index,
+                self.model,
+                leftovers_before=self._started,
+                on_change=self._on_change,
+                stop=lambda: self._stopping,
+                progress=_breathe,
+            )
+
+    def _rebuild(self) -> None:
+        from memfs.index.rebuild import rebuild
+
+        index = self.index
+        if index is None:
+            self._open()
+            return
+        rebuild(self.store, index.directory, self.model, _breathe, index=index)
+        self.reason = ""
+
+    def _refresh(self, path: str) -> None:
+        from memfs.index.refresh import refresh
+
+        self._pending.discard(path)
+        if self.index is not None:
+            change = refresh(self.store, self.index, path, self.model)
+            if change.matters:
+                self._on_change(change)
+
+    def _refresh_below(self, path: str) -> None:
+        found = {cube for cube, names in self.store.walk(path) if cube and layout.is_cube(names)}
+        if self.index is not None:
+            found.update(cube for cube, _ in self.index.under(path))
+        for cube in sorted(found):
+            if not self._stopping:
+                self._refresh(cube)
+
+    def _judge_all(self) -> None:
+        from memfs.index.rebuild import MODEL
+
+        index, model = self.index, self.model
+        if index is None or model is None:
+            return
+        index.set_info(MODEL, dict(model))
+        for count, (path, facts) in enumerate(index.under("")):
+            if judge(facts, model) != facts:
+                self._refresh(path)
+            _breathe(count)
+            if self._stopping:
+                return
+
+    # The watcher's thread
+
+    def _changed_beside(self, paths: set[str]) -> None:
+        """In these directories something was changed."""
+        from memfs.index.refresh import refresh_all
+
+        if self.index is None:
+            return
+        try:
+            refresh_all(self.store, self.index, paths, self.model, self._on_change)
+        except IndexDamaged as e:
+            self._damaged(e)
+
+    def _anything_changed(self) -> None:
+        """Events were lost, or watching has begun."""
+        try:
+            self._rescan()
+        except IndexDamaged as e:
+            self._damaged(e)
+
+
+def _finish(done: Future[None], job: Callable[[], None]) -> None:
+    """Runs a job that another thread waits for."""
+    try:
+        job()
+    except Exception as e:  # noqa: BLE001  it is raised where it is waited for
+        done.set_exception(e)
+    else:
+        done.set_result(None)
+
+
+def _breathe(_count: int) -> None:
+    """Lets the threads that serve files go first: long work of another one pauses now and then."""
+    time.sleep(0.0001)
