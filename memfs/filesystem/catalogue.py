@@ -123,6 +123,8 @@ class Catalogue:
 
     def count(self, path: str, *, reads: int = 0, questions: int = 0) -> None:
         """A cube was read, or a question was answered from it."""
+        if self.keeper.ask(lambda index: index.get(path) is None, False):
+            self.touch(path)  # the index takes in the counters that it came with, before it counts
         facts = self.facts(path)
         cube_id = facts.id if facts is not None else None
         if cube_id is not None:

@@ -23,6 +23,7 @@ from memfs.errors import InvalidMetadata, NotAllowed
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
+from memfs.index.history import usage_group
 from memfs.index.records import Usage
 from memfs.vault import identity
 from memfs.vault.facts import CubeFacts
@@ -135,14 +136,14 @@ def _live(facts: CubeFacts, usage: Usage | None) -> Meta:
     """The parts of the header that the files and the index say better than what is stored.
 
     Args:
-        usage: None while there is no index: the stored counters are then the last known.
+        usage: where it is None (there is no index yet) or nothing at all (the index has not taken
+            in what the cube came with), the stored counters are the last known.
     """
     status = os.stat_result((0, 0, 0, 0, facts.uid, facts.gid, 0, 0, 0, 0))
     owner, group = owner_names(status)
     behavioural: dict[str, Any] = {"fingerprint": facts.kv_token_ids_sha256}
-    if usage is not None:
-        last = None if usage.last_used is None else metadata.rfc3339(usage.last_used)
-        behavioural |= {"reads": usage.reads, "questions": usage.questions, "last_used": last}
+    if usage is not None and usage != Usage():
+        behavioural |= usage_group(usage)
     return {
         "governance": {"owner": owner, "group": group, "mode": f"{facts.mode & 0o7777:03o}"},
         "behavioural": behavioural,

@@ -178,18 +178,21 @@ class Link:
         return ticket
 
     def changed(self, path: str) -> None:
-        """A cube's files changed."""
-        if self.state.phase != "absent":
+        """A cube's files changed. What is not mounted is looked at when it is."""
+        with self._lock:
+            wanted = any(asked == path for asked, _, _ in self._asked)
+        if wanted or path in self.state.mounted:
             self._tell.put(("changed", {"path": path}))
 
     def moved(self, old: str, new: str) -> None:
         """A cube, or a collection of them, was renamed."""
         below = old + "/"
-        there = {
-            new + path[len(old) :] if path == old or path.startswith(below) else path: resident
-            for path, resident in self.state.mounted.items()
-        }
-        self.state = replace(self.state, mounted=there)
+        with self._lock:
+            there = {
+                new + path[len(old) :] if path == old or path.startswith(below) else path: resident
+                for path, resident in self.state.mounted.items()
+            }
+            self.state = replace(self.state, mounted=there)
         if self.state.phase != "absent":
             self._tell.put(("moved", {"old": old, "new": new}))
 
@@ -274,15 +277,17 @@ class Link:
         self._listener.happened(event)
 
     def _set_mounted(self, path: str, event: dict[str, Any], *, there: bool) -> None:
-        mounted, uid = dict(self.state.mounted), event.get("uid")
+        uid = event.get("uid")
         named = frozenset() if uid is None else frozenset({uid})
-        known = mounted.pop(path, None)
-        uids = known.uids if known else frozenset()
-        if there:
-            mounted[path] = Resident(event.get("tokens"), event.get("bytes"), uids | named)
-        elif named and known is not None:
-            mounted[path] = replace(known, uids=uids - named)
-        self.state = replace(self.state, mounted=mounted)
+        with self._lock:
+            mounted = dict(self.state.mounted)
+            known = mounted.pop(path, None)
+            uids = known.uids if known else frozenset()
+            if there:
+                mounted[path] = Resident(event.get("tokens"), event.get("bytes"), uids | named)
+            elif named and known is not None:
+                mounted[path] = replace(known, uids=uids - named)
+            self.state = replace(self.state, mounted=mounted)
 
     def _tell_all(self) -> None:
         while (item := self._tell.get()) is not None:

@@ -223,17 +223,17 @@ def _in_background(
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork() == 0:
+        parent = _Parent(said)
         try:
             os.close(heard)
             os.setsid()
             if os.fork():
                 os._exit(0)
             _turn_away(log)
-            _serve(wanted, store, held, record, said)
-        except BaseException as e:  # noqa: BLE001  the parent says it; nothing runs after this
-            problem = str(e) if isinstance(e, MemfsError | OSError) else repr(e)
-            with contextlib.suppress(OSError):
-                os.write(said, json.dumps({"error": problem}).encode())
+            _serve(wanted, store, held, record, parent)
+        except BaseException as e:  # nothing runs after this
+            logging.exception("the mount failed")
+            parent.tell({"error": str(e) if isinstance(e, MemfsError | OSError) else repr(e)})
             os._exit(1)
         os._exit(0)
     os.close(said)
@@ -245,16 +245,35 @@ def _in_background(
         os.close(heard)
         held.release()
         store.close()
-    answer: dict[str, Any] = json.loads(raw) if raw else {"error": "the mount did not come up"}
+    answer: dict[str, Any] = json.loads(raw) if raw else {"error": "it did not come up"}
     if "error" in answer:
         detail = str(answer["error"]).removeprefix(f"{MountFailed.__doc__}: ")
-        raise MountFailed(f"{detail}; see {log}" if "libfuse" in detail else detail)
+        raise MountFailed(f"{detail}; see {log}")
     return dataclasses.replace(record, pid=answer["pid"])
 
 
+class _Parent:
+    """The process that waits for a mount to come up."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Says how it went, the first time it is called."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # it did not wait
+                os.write(fd, json.dumps(message).encode())
+            os.close(fd)
+
+
 def _turn_away(log: Path) -> None:
-    """Away from the terminal: what is said from now on goes to the log."""
+    """Away from the terminal and whoever called: what is said from now on goes to the log."""
     os.chdir("/")
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if fd > 2 and os.get_inheritable(fd):  # none of ours is
+                os.close(fd)
     null = os.open(os.devnull, os.O_RDWR)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     for fd, target in ((0, null), (1, file), (2, file)):
@@ -264,9 +283,9 @@ def _turn_away(log: Path) -> None:
 
 
 def _serve(
-    wanted: Wanted, store: Store, held: StoreLock, record: MountRecord, said: int | None
+    wanted: Wanted, store: Store, held: StoreLock, record: MountRecord, parent: _Parent | None
 ) -> None:
-    """Serves the mount until it ends. ``said`` is where the waiting parent hears of its start."""
+    """Serves the mount until it ends."""
     from memfs.filesystem.serving import Server
 
     logging.basicConfig(
@@ -279,14 +298,15 @@ def _serve(
     def started() -> None:
         server.start()
         registry.write(record)
-        if said is not None:
-            os.write(said, json.dumps({"pid": os.getpid()}).encode())
-            os.close(said)
+        if parent is not None:
+            parent.tell({"pid": os.getpid()})
 
     os.umask(0)
-    server.serve({**_fuse_options(record), **wanted.options}, started)
-    registry.remove(record.mountpoint)
-    held.release()
+    try:
+        server.serve({**_fuse_options(record), **wanted.options}, started)
+    finally:
+        registry.remove(record.mountpoint)
+        held.release()
 
 
 def _fuse_options(record: MountRecord) -> dict[str, str | bool]:

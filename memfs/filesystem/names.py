@@ -130,8 +130,8 @@ class Names:
     def _hide(self, path: str, hidden: str) -> None:
         """A file that is open loses its name."""
         require_free(path)
-        self._handles.unlinked(path, hidden)
-        if hidden in self._backing.elsewhere:  # it was being written beside its place
+        if path in self._backing.elsewhere:  # it is being written beside its place
+            self._handles.unlinked(path, hidden)
             try:
                 self._backing.unlink(path)
             except FileNotFoundError:
@@ -139,6 +139,7 @@ class Names:
         else:
             with self._backing.moving:
                 self._backing.elsewhere[hidden] = self._put_aside(path, layout.split(hidden)[1])
+            self._handles.unlinked(path, hidden)
             if layout.classify(path)[0] is Role.META:
                 self._replaced[path] = hidden
         self._touch_later(path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable
 
 from memfs.cube import layout
@@ -25,6 +26,9 @@ from memfs.filesystem.link import Link, Ticket
 
 ACKNOWLEDGED_SECONDS = 1.0
 """How long a close waits for the mount that its reads started, where the runtime answers at all."""
+
+CLOSERS = 8
+"""How many may wait so at once: the threads that serve files are never all of them."""
 
 _PAGE = 4096
 _PEEKERS = frozenset({"file"})
@@ -51,6 +55,7 @@ class Reading:
     def __init__(self, link: Link, catalogue: Catalogue, *, mount_on_read: bool) -> None:
         self._link = link
         self._catalogue = catalogue
+        self._closing = threading.BoundedSemaphore(CLOSERS)
         self.mount_on_read = mount_on_read
 
     def is_resident(self, cube: str, context: Context) -> bool:
@@ -64,8 +69,12 @@ class Reading:
 
     def settle(self, ticket: Ticket) -> None:
         """The reader closes the file: what it started should show, where that takes no time."""
-        if self._link.answers_at_once and not ticket.wait(ACKNOWLEDGED_SECONDS):
-            self._link.timed_out()
+        if self._link.answers_at_once and self._closing.acquire(blocking=False):
+            try:
+                if not ticket.wait(ACKNOWLEDGED_SECONDS):
+                    self._link.timed_out()
+            finally:
+                self._closing.release()
 
 
 class OpenBlob(OpenFile):

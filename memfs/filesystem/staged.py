@@ -153,11 +153,13 @@ class Staged(Handle):
 
     def unlinked(self, hidden: str | None) -> None:
         with self._backing.moving:
-            path, self.path = self.path, None
-            if path is not None and self._temporary is not None:
-                self._backing.elsewhere.pop(path, None)
-                if hidden is not None:
-                    self._backing.elsewhere[hidden] = self._temporary
+            shown = self._temporary is not None and (
+                self._backing.elsewhere.get(self.path or "") == self._temporary
+            )
+            self._withdraw()
+            self.path = None
+            if shown and hidden is not None and self._temporary is not None:
+                self._backing.elsewhere[hidden] = self._temporary
 
     def _accept(self, path: str) -> bool:  # noqa: ARG002  what a header needs
         """Looks at what was written; False where there is nothing to publish after all."""
