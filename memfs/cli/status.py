@@ -78,8 +78,9 @@ def _mount(record: registry.MountRecord) -> Facts:
 
 def _print(facts: Facts, log: str) -> None:
     for mount in facts["mounts"]:
-        cubes = mount.get("cubes")
-        count = "" if cubes is None else f"  {output.number(cubes)} cubes"
+        cubes = mount.get("index", {}).get("cubes")
+        noun = "cube" if cubes == 1 else "cubes"
+        count = "" if cubes is None else f"  {output.number(cubes)} {noun}"
         print(f"{output.plain(mount['mountpoint'])}  on {output.plain(mount['store'])}{count}")
     if not facts["mounts"]:
         print("no store is mounted (memfs mount STORE DIR)")

@@ -141,7 +141,7 @@ class _Callbacks(mfusepy.Operations):
     # Defined so that they are registered; _Session does them.
 
     def getattr(self, path: str, fh: Any = None) -> dict[str, Any]:
-        raise NotImplementedError
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), path)
 
     read = write = rename = chmod = chown = truncate = utimens = getattr
 

@@ -10,7 +10,11 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 def status_text(facts: dict[str, Any]) -> str:
     """The text for what ``status.json`` says."""
     index, reason = facts["index"], facts["index"]["reason"]
-    cubes = "no index yet" if index["cubes"] is None else f"{index['cubes']} cubes"
+    cubes = (
+        "no index yet"
+        if index["cubes"] is None
+        else f"{index['cubes']} cube{'s' * (index['cubes'] != 1)}"
+    )
     lines = [
         f"store    {facts['store']}",
         f"mount    {facts['mountpoint']} (process {facts['pid']}, since {facts['since']})",
