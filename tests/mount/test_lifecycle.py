@@ -257,7 +257,7 @@ def test_the_control_tree(mount: Mount) -> None:
     control = mount.dir / ".memfs"
     assert ".memfs" not in os.listdir(mount.dir)
     assert sorted(os.listdir(control)) == ["control", "events", "mounted", "status", "status.json"]
-    assert "1 cubes" in (control / "status").read_text()
+    assert "1 cube\n" in (control / "status").read_text()
     status = json.loads((control / "status.json").read_text())
     assert status["store"] == str(mount.store)
     assert status["mounted"] == []
