@@ -111,6 +111,8 @@ def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[i
         left = parts.pop(0)
         left.cache, left.why = None, "left out: the mounted memories are longer than the context"
         left.tokens = 0
+    if not parts:
+        ids = resident.prompt.question(question.text, bare=True)
     return parts, ids
 
 

@@ -70,7 +70,11 @@ class Cube:
             above = "/".join(parts[:depth])
             if not allowed(caller, self._stat(above), SEARCH):
                 raise NotAllowed(f"{self.path}: you may not enter {above or 'the store'}")
-        if not allowed(caller, self._stat(layout.join(self.path, name)), READ):
+        try:
+            found = self.store.stat(layout.join(self.path, name))
+        except FileNotFoundError as e:
+            raise NotFound(f"{self.path} has no {name}") from e
+        if not allowed(caller, found, READ):
             raise NotAllowed(f"{layout.join(self.path, name)}: you may not read it")
 
     def text(self) -> Text:

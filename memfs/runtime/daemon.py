@@ -49,7 +49,6 @@ def run(config: Config, path: Path) -> int:
     Raises RuntimeUnavailable where another daemon serves there.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is there: nothing is asked of a hub
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _only_one(path), _listening(path) as listening:
         asyncio.run(_serve(config, listening))
@@ -75,10 +74,13 @@ async def _serve(config: Config, listening: socket.socket) -> None:
 
 def _load(config: Config, say: Callable[[str], None]) -> Resident:
     """The resident model, fetched and converted first where that has not been done yet."""
+    from huggingface_hub import constants
+
     from memfs.runtime import model_store
     from memfs.runtime.resident import load
 
     directory = model_store.resolve(config.model, config, say)
+    constants.HF_HUB_OFFLINE = True  # the model is there: from here on nothing is asked of a hub
     say(f"loading {directory.name}")
     return load(directory, config)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from memfs.cube import layout, metadata
 from memfs.cube.metadata import rfc3339
@@ -62,7 +63,7 @@ class Mounted:
         self._sessions: dict[int, dict[str, Cube]] = {}
         self._io = io
         self._announce = announce
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def session(self, uid: int) -> list[Cube]:
         """The cubes that a user has mounted, in the order of mounting."""
@@ -110,6 +111,7 @@ class Mounted:
             cache, _ = await self._in_io(kv_store.read, fd, self.resident, text.sha256)
         finally:
             os.close(fd)
+        self._evict_for(cache.nbytes)  # another may have come in while this one was read
         memory = Memory(cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(cube.key, memory, header.tokens)
 
@@ -147,18 +149,19 @@ class Mounted:
 
     def moved(self, root: str, old: str, new: str) -> None:
         """Follows the rename of a cube or of a collection of cubes."""
+
+        def now(cube: Cube) -> Cube:
+            below = cube.path == old or cube.path.startswith(old + "/")
+            if not below or str(cube.store.root) != root:
+                return cube
+            return Cube(cube.store, new + cube.path[len(old) :])
+
         for entry in list(self.residency):
-            cube = entry.value.cube
-            if cube is None or str(cube.store.root) != root:
-                continue
-            if cube.path != old and not cube.path.startswith(old + "/"):
-                continue
-            there = Cube(cube.store, new + cube.path[len(old) :])
-            self.residency.rename(cube.key, there.key)
-            entry.value.cube = there
-            for session in self._sessions.values():
-                if session.pop(cube.key, None):
-                    session[there.key] = there
+            if entry.value.cube is not None:
+                entry.value.cube = now(entry.value.cube)
+                self.residency.rename(entry.key, entry.value.cube.key)
+        for uid, session in self._sessions.items():
+            self._sessions[uid] = {cube.key: cube for cube in map(now, session.values())}
 
     def leave(self, cube: Cube, uid: int) -> None:
         """Takes a cube that is gone from the store out of a user's session."""

@@ -115,6 +115,8 @@ class Residency(Generic[T]):
 
     def rename(self, key: str, new: str) -> None:
         """Gives an entry another key, in its place in the order."""
+        if key == new:
+            return
         for segment in (self._probation, self._protected):
             for entry in list(segment.values()):
                 del segment[entry.key]

@@ -26,7 +26,7 @@ from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
 from memfs.runtime import cube_kv, kv_store
 from memfs.runtime.answering import Answer, Part, Question, answer
 from memfs.runtime.cubes import Cube, Stores, Text
-from memfs.runtime.encoding import Encoded, Encodings, Tell, prefill
+from memfs.runtime.encoding import Encodings, Tell, prefill
 from memfs.runtime.memory import spare
 from memfs.runtime.mounted import Memory, Mounted
 from memfs.runtime.residency import Entry
@@ -339,7 +339,8 @@ class Service:
         except asyncio.CancelledError:
             job.cancel()
             raise
-        encoded: Encoded = await job.done() if job.result is None else job.result
+        encoded = job.result
+        assert encoded is not None
         size = await self._in_io(cube_kv.publish, cube, resident, encoded, text)
         await mounted.recheck(cube)  # what was mounted was another file
         mounted.announce("encoded", cube, tokens=len(encoded.ids))

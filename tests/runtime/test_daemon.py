@@ -268,14 +268,58 @@ def test_a_session_longer_than_the_context_drops_the_oldest(
     runtime.call("unmount")
 
 
-def test_renaming_keeps_it_mounted(runtime: RuntimeClient, shop: Shop) -> None:
+def test_renaming_keeps_it_mounted_in_its_place(runtime: RuntimeClient, shop: Shop) -> None:
     runtime.call("unmount")
-    runtime.call("encode", **shop.cube("work/a", prose(40)), mount=True)
+    for path in ("work/a", "b", "work/c"):
+        runtime.call("encode", **shop.cube(path, prose(40, ord(path[-1]))), mount=True)
+    shop.cube("work/c", "edited: no KV cache of it is in the model, and it is in the session")
+    runtime.call("changed", **shop.named("work/c"))
     (shop.root / "work").rename(shop.root / "done")
     runtime.call("moved", store=str(shop.root), old="work", new="done")
-    assert "done/a" in mounted(runtime, shop)
-    assert [c["path"] for c in ask(runtime, None)["cubes"]] == ["done/a"]
+    assert mounted(runtime, shop).keys() == {"done/a", "b"}
+    assert [c["path"] for c in ask(runtime, None)["cubes"]] == ["done/a", "b", "done/c"]
     runtime.call("unmount")
+
+
+def test_a_missing_kv_cache_is_named(runtime: RuntimeClient, shop: Shop) -> None:
+    with pytest.raises(NotFound, match=r"a has no kv\.safetensors"):
+        runtime.call("mount", **shop.cube("a", "x"))
+
+
+def test_where_every_memory_is_left_out_the_question_stands_alone(
+    runtime: RuntimeClient, shop: Shop
+) -> None:
+    runtime.call("unmount")
+    question = prose(300)
+    bare = ask(runtime, None, question=question)
+    runtime.call("encode", **shop.cube("a", prose(3860)), mount=True)
+    report = ask(runtime, None, question=question)
+    assert report["cubes"][0]["tokens"] == 0
+    assert "left out" in report["cubes"][0]["why"]
+    assert report["prompt_tokens"] == bare["prompt_tokens"]
+    assert report["answer"] == bare["answer"]
+    runtime.call("unmount")
+
+
+def test_loads_at_once_keep_the_budget(tiny_config: Config, shop: Shop) -> None:
+    row = 2 * 2 * 2 * 16 * 2  # layers, keys and values, KV heads, head_dim, bytes
+    config = replace(tiny_config, dtype="bfloat16", budget_bytes=2000 * row)
+    with daemon(config) as client:
+        cubes = [shop.cube(name, prose(60, ord(name))) for name in "abcdef"]
+        for cube in cubes:
+            client.call("encode", **cube)
+
+        def load(cube: dict[str, str]) -> None:
+            with connect(config, start=False) as own:
+                own.call("mount", **cube)
+
+        threads = [threading.Thread(target=load, args=(cube,)) for cube in cubes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        status = client.call("status")
+        assert 0 < status["used_bytes"] <= status["budget_bytes"]
 
 
 def test_events_are_told_to_subscribers(
