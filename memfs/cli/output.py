@@ -99,11 +99,6 @@ def print_json(data: object) -> None:
     print(json.dumps(data, indent=2))
 
 
-def print_json_line(data: object) -> None:
-    """One JSON document on a line of its own, at once: an event of a stream."""
-    print(json.dumps(data), flush=True)
-
-
 class Progress:
     """A line on stderr that says what goes on: rewritten in place on a terminal.
 
