@@ -148,7 +148,7 @@ def test_no_file_operation_waits_for_a_busy_runtime(linked: Mount, ready: Runtim
         assert timed(os.rename, other, linked.dir / "moved") < 1
         assert timed(shutil.rmtree, linked.dir / "moved") < 1
         assert all(reader.poll() is None for reader in readers)
-        readers[0].send_signal(signal.SIGINT)
+        readers[0].send_signal(signal.SIGTERM)
         readers[0].wait(5)
         readers[1].kill()
         readers[1].wait(5)

@@ -360,7 +360,7 @@ def test_a_waiting_reader_can_be_interrupted(reading: Reading) -> None:
             ["cat", unmade], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         time.sleep(0.5)
-        cat.send_signal(signal.SIGINT)
+        cat.send_signal(signal.SIGTERM)
         assert cat.wait(timeout=5) != 0
     finally:
         os.kill(pid, signal.SIGCONT)
