@@ -24,6 +24,14 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MEMFS_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """Skips a test where a program that it drives is missing; ``tools/test`` installs them."""
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
+
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

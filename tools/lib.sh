@@ -1,12 +1,44 @@
+# shellcheck shell=bash
 # Sourced by tools/quickstart and tools/test: puts on the machine what memfs needs, once.
 #
-# install   makes .venv with memfs and its development tools, and installs libfuse 3. What is there
-#           already is left alone; a second run takes well under a second.
+# install             makes .venv with memfs and its development tools, and installs libfuse 3.
+# install_for_tests   installs the programs that the tests drive, too.
+#
+# What is there already is left alone; a second run takes well under a second.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 torch=torch==2.13.0
 torch_cpu_index=https://download.pytorch.org/whl/cpu
+
+# What the tests drive: a Debian package, and a program or file by which it is known to be there.
+# A test that needs one which is missing says so and is skipped (needs() in tests/conftest.py).
+test_packages=(
+    acl:getfacl
+    attr:getfattr
+    e2fsprogs:mkfs.ext4
+    ed:ed
+    emacs-nox:emacs
+    gcc:gcc
+    git:git
+    inotify-tools:inotifywait
+    iproute2:ip
+    libc6-dev:/usr/include/stdio.h
+    make:make
+    moreutils:sponge
+    nano:nano
+    openssh-client:ssh
+    openssh-server:sshd
+    rsync:rsync
+    sqlite3:sqlite3
+    strace:strace
+    tmux:tmux
+    unzip:unzip
+    util-linux:flock
+    vim:vim
+    xfsprogs:mkfs.xfs
+    zip:zip
+)
 
 say() { printf '%s\n' "$*"; }
 die() {
@@ -52,10 +84,29 @@ install_packages() {
 "
         fi
     fi
-    say "installing $* (system package)"
+    say "installing system packages: $*"
     # The package lists of a fresh machine or image are empty or old.
     "${as_root[@]}" apt-get update -qq
+    # shellcheck disable=SC2086  # one word an argument
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive $line -qq > /dev/null
+}
+
+# Names of the packages in test_packages that are missing. Some programs are not on a user's PATH.
+missing_test_packages() {
+    local PATH=$PATH:/usr/sbin:/sbin entry proof
+    for entry in "${test_packages[@]}"; do
+        proof=${entry#*:}
+        [[ $proof == /* && -e $proof ]] || command -v "$proof" > /dev/null || say "${entry%%:*}"
+    done
+}
+
+install_for_tests() {
+    local packages
+    packages=$(missing_test_packages)
+    if [ -n "$packages" ]; then
+        # shellcheck disable=SC2086  # one word a package
+        (install_packages $packages) || say "going on without; what needs them is skipped"
+    fi
 }
 
 # PyPI's torch brings 3 GB of CUDA along. Without an NVIDIA GPU, and where the user has not told pip
@@ -99,7 +150,7 @@ install() {
         # shellcheck disable=SC2046  # options, or nothing
         pip_install $(torch_options) "$torch"
         say "installing memfs and what it needs"
-        pip_install -c "$root/tools/constraints.txt" -e "$root[dev]"
+        pip_install -c "$root/tools/constraints.txt" -e "${root}[dev]"
         environment_key > "$stamp"
     fi
     export PATH=$venv/bin:$PATH

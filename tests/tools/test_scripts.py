@@ -63,3 +63,38 @@ def test_without_the_right_to_install_the_one_line_is_printed(tmp_path: Path) ->
     assert done.returncode == 1
     line = "apt-get update && apt-get install -y --no-install-recommends python3.11-venv fuse3"
     assert line in done.stderr
+
+
+def test_what_the_tests_drive_is_installed_or_done_without(tmp_path: Path) -> None:
+    """On a machine where it is there, apt is not run; a user without sudo gets the line."""
+    script = """
+        . "$1/tools/lib.sh"
+        test_packages=(coreutils:ls no-such:memfs-no-such libc6-dev:/etc/passwd other:/no/such)
+        missing_test_packages
+        id() { echo 1000; }
+        apt-get() { return 1; }
+        command() { [ "$2" != sudo ] && builtin command "$@"; }
+        install_for_tests < /dev/null
+        test_packages=(coreutils:ls)
+        install_for_tests
+    """
+    done = subprocess.run(
+        ["bash", "-euc", script, "bash", ROOT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "no-such",
+        "other",
+        "going on without; what needs them is skipped",
+    ]
+    assert "apt-get install -y --no-install-recommends no-such other" in done.stderr
+
+
+def test_each_package_for_the_tests_is_named_once() -> None:
+    script = '. "$1/tools/lib.sh"; printf "%s\\n" "${test_packages[@]}"'
+    done = subprocess.run(
+        ["bash", "-euc", script, "bash", ROOT], capture_output=True, text=True, check=True
+    )
+    entries = done.stdout.split()
+    packages = [entry.partition(":")[0] for entry in entries]
+    assert packages == sorted(set(packages))
+    assert all(re.fullmatch(r"[a-z0-9.+-]+:[\w./-]+", entry) for entry in entries)
