@@ -52,6 +52,15 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     shutil.rmtree(runtime, ignore_errors=True)
 
 
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A temporary directory that other users may enter; pytest's own are private."""
+    directory = tempfile.mkdtemp(prefix="memfs-public-")
+    os.chmod(directory, 0o755)
+    yield Path(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def default_model_dir() -> Path:
     """The default model, as a user gets it."""

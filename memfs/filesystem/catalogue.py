@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfs.cube import layout
-from memfs.errors import IndexDamaged
+from memfs.errors import IndexDamaged, NotAllowed
+from memfs.filesystem import audit
+from memfs.filesystem.context import Context
 from memfs.filesystem.keeper import IndexKeeper, Model
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect
@@ -21,7 +23,9 @@ from memfs.vault.sig import Sig, sig_of
 from memfs.vault.store import Store
 
 if TYPE_CHECKING:
+    from memfs.index.lmdb_index import Index
     from memfs.index.refresh import Change
+    from memfs.vault.trail_writer import Trail
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +45,35 @@ class Catalogue:
         """``changed`` is told the path of a cube whose memories changed; it must not wait."""
         self.store = store
         self.keeper = IndexKeeper(store, self._on_change)
+        self.being_written: Callable[[str], bool] = lambda _: False
+        """Whether a file of a cube is open for writing through the mount."""
         self._changed = changed
+        self._trail: Trail | None = None
+        self._untold: dict[str, CubeFacts | None] = {}
+        """What the trail last told of cubes that somebody is writing just now."""
+        self._early: set[str] = set()
+        """Cubes whose change was told of before there was an index to compare them with."""
         self._recent: dict[str, CubeFacts] = {}
         self._fresh: dict[str, tuple[Sig, float]] = {}
         """The headers that memfs gave to new cubes, as they then were, and when that was."""
+
+    def start(self) -> None:
+        """Opens the audit trail, and the index behind it. After this process was forked."""
+        if self.store.writable:
+            from memfs.vault.trail_writer import Trail
+
+            try:
+                self._trail = Trail(self.store)
+            except (OSError, NotAllowed) as e:
+                log.error("there is no audit trail: %s", e)
+        self.keeper.start()
+
+    def stop(self) -> None:
+        """Closes both."""
+        self.keeper.stop()
+        trail, self._trail = self._trail, None
+        if trail is not None:
+            trail.close()
 
     # One cube
 
@@ -62,15 +91,23 @@ class Catalogue:
             self.keeper.later(path)
         return found
 
-    def touch(self, path: str, *, adopting: bool = False, header: bool = False) -> None:
+    def touch(
+        self,
+        path: str,
+        *,
+        adopting: bool = False,
+        header: bool = False,
+        by: Context | None = None,
+    ) -> None:
         """Something in the cube was changed through the mount.
 
         Args:
             adopting: whether a cube without meta.json gets one: its text was just written.
             header: whether it is meta.json that was written.
+            by: who changed it, for the audit trail.
         """
         now = time.time_ns()
-        before, after, matters = self._refreshed(path, adopting=adopting)
+        before, after, matters = self._refreshed(path, adopting=adopting, by=by)
         self._recent.pop(path, None)
         if after is not None:
             if not header:
@@ -80,14 +117,18 @@ class Catalogue:
         if matters:
             self._changed(path)
 
-    def moved(self, old: str, new: str) -> None:
-        """A directory was renamed."""
+    def moved(self, old: str, new: str, by: Context | None = None) -> None:
+        """A directory was renamed, by whom."""
         below = old + "/"
         for kept in (self._recent, self._fresh):
             for path in [p for p in list(kept) if p == old or p.startswith(below)]:
                 kept.pop(path, None)
         self.keeper.ask(lambda index: index.remove_under(new), 0)
-        if not self.keeper.ask(lambda index: index.move(old, new), 0):
+        cubes = self.keeper.ask(lambda index: index.move(old, new), 0)
+        if cubes:
+            event = {"event": "renamed", "path": new, "from": old, "cubes": cubes}
+            self.log(event | audit.actor(by))
+        else:
             self.keeper.later_below(new)
 
     def is_fresh(self, path: str, sig: Sig) -> bool:
@@ -133,12 +174,15 @@ class Catalogue:
             )
 
     def log(self, event: dict[str, Any]) -> None:
-        """Adds to the audit trail."""
-        self.keeper.ask(lambda index: index.log(event), 0)
+        """Adds to the audit trail. A store that cannot be written has none."""
+        if self._trail is not None:
+            self._trail.append(event)
 
-    def events(self) -> list[dict[str, Any]]:
-        """The audit trail."""
-        return self.keeper.ask(lambda index: list(index.events()), [])
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The audit trail, oldest first."""
+        from memfs.vault import trail
+
+        return trail.events(self.store)
 
     def cubes(self) -> int | None:
         """How many cubes there are; None while there is no index."""
@@ -147,7 +191,7 @@ class Catalogue:
     # Inside
 
     def _refreshed(
-        self, path: str, *, adopting: bool
+        self, path: str, *, adopting: bool, by: Context | None
     ) -> tuple[CubeFacts | None, CubeFacts | None, bool]:
         """What was known of a cube, what is now, and whether that is another thing.
 
@@ -165,11 +209,12 @@ class Catalogue:
                 log.warning("%s is not in the index: %s", path, e)
                 self.keeper.later(path)
             else:
+                self._tell(path, self._untold.pop(path, change.before), change.after, by)
                 return change.before, change.after, change.matters
-        return self._refreshed_alone(path, adopting=adopting, check_kv=small)
+        return self._refreshed_alone(path, adopting=adopting, check_kv=small, by=by)
 
     def _refreshed_alone(
-        self, path: str, *, adopting: bool, check_kv: bool
+        self, path: str, *, adopting: bool, check_kv: bool, by: Context | None
     ) -> tuple[CubeFacts | None, CubeFacts | None, bool]:
         """The same without an index, which is told once there is one."""
         from memfs.vault.identity import adopt
@@ -179,10 +224,30 @@ class Catalogue:
         after = inspect(self.store, path, before, self.model, check_kv=check_kv)
         if adopting and after is not None and after.meta_sig is None:
             after = adopt(self.store, path, after, lambda _: None)
+        self._early.add(path)
+        event = {"event": "changed", "path": path, "what": None}
+        self.log(event | {"after": after and after.payload_sha256} | audit.actor(by))
         return before, after, True
 
+    def _tell(
+        self, path: str, before: CubeFacts | None, after: CubeFacts | None, by: Context | None
+    ) -> None:
+        """Has the audit trail say what happened to a cube."""
+        who = None
+        for event in audit.changes(path, before, after):
+            who = audit.actor(by) if who is None else who
+            self.log(event | who)
+
     def _on_change(self, change: Change) -> None:
-        self._recent.pop(change.path, None)
+        """A change was seen that no operation told of: beside the mount, or halfway through one."""
+        path = change.path
+        self._recent.pop(path, None)
+        if path in self._early:
+            self._early.discard(path)
+        elif self.being_written(path):
+            self._untold.setdefault(path, change.before)
+        elif change.before is not None or self.keeper.ask(_is_complete, False):
+            self._tell(path, self._untold.pop(path, change.before), change.after, None)
         self._changed(change.path)
 
     def _is_small(self, path: str) -> bool:
@@ -209,6 +274,13 @@ class Catalogue:
             return
         if found.st_mtime_ns > since_ns - _TICK_NS:
             self._fresh[path] = (sig_of(found), time.monotonic())
+
+
+def _is_complete(index: Index) -> bool:
+    """Whether the index knew every cube once: one that is new to it is then new."""
+    from memfs.index.refresh import COMPLETE
+
+    return bool(index.get_info(COMPLETE))
 
 
 def _is_unread(facts: CubeFacts) -> bool:

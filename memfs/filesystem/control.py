@@ -147,10 +147,9 @@ class Control:
         return data, shown
 
     def _events(self, uid: int | None) -> bytes:
-        events = self._catalogue.events()
         return b"".join(
             json.dumps(event | {"time": rfc3339(event["time"])}).encode() + b"\n"
-            for event in events
+            for event in self._catalogue.events()
             if uid is None or event.get("uid") == uid
         )
 

@@ -26,6 +26,8 @@ class Handle:
     """Whether every read and write comes to us, past the kernel's page cache."""
     keep_cache = False
     """Whether pages cached by an earlier open are still good."""
+    writes = False
+    """Whether a cube changes by it: its closes tell of that."""
 
     def __init__(self, path: str | None) -> None:
         self.path = path
@@ -106,6 +108,8 @@ class OpenPayload(OpenFile):
     ``changed`` is called with the path at every close, and at every ``fsync``, that follows a
     write, before the closing program goes on.
     """
+
+    writes = True
 
     def __init__(self, path: str, fd: int, changed: Callable[[str], None], *, dirty: bool) -> None:
         super().__init__(path, fd)
@@ -201,6 +205,14 @@ class HandleTable:
             return self._handles[number]
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+
+    def is_written(self, cube: str) -> bool:
+        """Whether a file of a cube is open for writing."""
+        below = cube + "/"
+        return any(
+            handle.writes and handle.path is not None and handle.path.startswith(below)
+            for handle in list(self._handles.values())
+        )
 
     def remove(self, number: int) -> Handle | None:
         """Takes a file that was closed for good out of the table."""

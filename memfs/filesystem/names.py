@@ -206,7 +206,7 @@ class Names:
                 self._catalogue.keeper.later_below(path)
             return
         if stat.S_ISDIR(self._backing.status(new).st_mode):
-            self._catalogue.moved(old, new)
+            self._catalogue.moved(old, new, self._context())
             self._link.moved(old, new)
         self._touch(old)
         self._touch(new, written=True)
@@ -222,7 +222,8 @@ class Names:
         if cube:
             role = layout.classify(path)[0] if written else Role.OTHER
             text, header = role is Role.PAYLOAD, role is Role.META
-            self._catalogue.touch(cube, adopting=text or header, header=header)
+            by = self._context()
+            self._catalogue.touch(cube, adopting=text or header, header=header, by=by)
 
     def _touch_later(self, path: str) -> None:
         cube = cube_of(path)

@@ -122,7 +122,7 @@ class Opening:
         role, cube = layout.classify(path)
         if cube:
             text, header = role is Role.PAYLOAD, role is Role.META
-            self._catalogue.touch(cube, adopting=text or header, header=header)
+            self._catalogue.touch(cube, adopting=text or header, header=header, by=self._context())
 
     def _sig(self, path: str) -> Sig:
         return sig_of(self._backing.status(path))

@@ -58,7 +58,7 @@ class Server:
         faulthandler.register(signal.SIGUSR1)  # what every thread is at, into the log
         if self._store.writable:
             self._clear_unlinked()
-        self._catalogue.keeper.start()
+        self._catalogue.start()
         self._link.start()
         log.info("%s is mounted at %s", self._store.root, self._mountpoint)
 
@@ -83,7 +83,7 @@ class Server:
 
     def _ended(self) -> None:
         self._link.stop()
-        stopping = threading.Thread(target=self._catalogue.keeper.stop, daemon=True)
+        stopping = threading.Thread(target=self._catalogue.stop, daemon=True)
         stopping.start()
         stopping.join(STOP_SECONDS)
         if stopping.is_alive():

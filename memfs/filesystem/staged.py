@@ -40,6 +40,7 @@ Published = Callable[[str], None]
 class Staged(Handle):
     """A file open for writing that is published whole at each close after a change."""
 
+    writes = True
     direct_io = True  # its pages would be taken for those of the file that stands there now
     limit: int | None = None
     """The longest it may be."""

@@ -53,6 +53,7 @@ class Tree:
     ) -> None:
         """``context`` says who asks for the operation that the calling thread is in."""
         self.handles = HandleTable()
+        catalogue.being_written = self.handles.is_written
         self._backing = backing
         self._catalogue = catalogue
         self._context = context
@@ -177,7 +178,7 @@ class Tree:
         """Owner and mode of the text are the cube's."""
         role, cube = layout.classify(path)
         if role is Role.PAYLOAD:
-            self._catalogue.touch(cube)
+            self._catalogue.touch(cube, by=self._context())
 
     def _require_shown(self, path: str) -> None:
         if is_reserved(path):

@@ -66,9 +66,8 @@ def salvage(directory: Path, table: str) -> Iterator[Any]:
     """What a child can read of a table before it ends, however it ends; damaged records left out.
 
     Args:
-        table: ``usage``: lists of id, reads, questions, last use, still unwritten. ``events``: the
-            events, each with its ``seq``. ``cubes``: pairs of path and id. ``info``: pairs of name
-            and value.
+        table: ``usage``: lists of id, reads, questions, last use, still unwritten. ``cubes``: pairs
+            of path and id. ``info``: pairs of name and value.
     """
     if not (directory / DATA).is_file():
         return
@@ -122,7 +121,7 @@ def _unseal(environment: Environment) -> None:
     found = dict(environment.pairs("info", b"")).get(b"format")
     if found is None or load(unseal(b"format", found)) != FORMAT:
         raise IndexDamaged(f"its format is not {FORMAT}")
-    for name in ("cubes", "usage", "events", "info"):
+    for name in ("cubes", "usage", "info"):
         for key, value in environment.pairs(name, b""):
             unseal(key, value)
     cubes, times = environment.read(
@@ -151,10 +150,6 @@ def _usage_row(key: bytes, value: bytes) -> list[Any]:
     return [key.decode(), *usage, unwritten]
 
 
-def _event_row(key: bytes, value: bytes) -> dict[str, Any]:
-    return {"seq": int.from_bytes(key, "big"), **load(unseal(key, value))}
-
-
 def _cube_row(key: bytes, value: bytes) -> list[Any]:
     path, facts = unseal_cube(key, value)
     return [path, facts.id]
@@ -164,7 +159,7 @@ def _info_row(key: bytes, value: bytes) -> list[Any]:
     return [key.decode(), load(unseal(key, value))]
 
 
-_TABLES = {"usage": _usage_row, "events": _event_row, "cubes": _cube_row, "info": _info_row}
+_TABLES = {"usage": _usage_row, "cubes": _cube_row, "info": _info_row}
 
 
 def _command(what: str, directory: Path) -> list[str]:

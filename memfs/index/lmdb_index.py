@@ -1,4 +1,4 @@
-"""The index of a store: one record a cube, secondary keys, usage counters and the audit trail.
+"""The index of a store: one record a cube, secondary keys and usage counters.
 
 It answers at once what the files could answer only one by one, and it is disposable: ``rebuild``
 makes it again from them. The mount process is its only writer; another process may open it
@@ -17,13 +17,12 @@ from memfs.errors import IndexDamaged
 from memfs.index.cubes import CubeTable
 from memfs.index.environment import INITIAL_MAP, Environment
 from memfs.index.records import DATABASES, FORMAT, Usage, dump, load, seal, unseal
-from memfs.index.trail import EventTable
 from memfs.index.usage import UsageTable
 
 __all__ = ["Index", "Usage"]
 
 
-class Index(CubeTable, UsageTable, EventTable):
+class Index(CubeTable, UsageTable):
     """An open index."""
 
     _temporary = False

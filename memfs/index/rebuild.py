@@ -1,9 +1,9 @@
 """Opening the index whatever state it is in, and making it again from the files.
 
 A new index is made beside the old one and put in its place by a rename, so at any instant there
-is a whole one or none; none is made again at the next mount. What no file says, the audit trail
-and counts that are not in a meta.json yet, is taken from the old one as far as a child process can
-read it. Used by the mount and ``memfs index``, under the store's lock; any thread, one at a time.
+is a whole one or none; none is made again at the next mount. What no file says, counts that are
+not in a meta.json yet, is taken from the old one as far as a child process can read it. Used by the
+mount and ``memfs index``, under the store's lock; any thread, one at a time.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ class Report:
     """Copies that got an id of their own."""
     usage: int
     """Counters that came from the old index; the others came from meta.json."""
-    events: int
-    """Events of the audit trail that came from the old index."""
     seconds: float
 
 
@@ -57,8 +55,8 @@ def index_directory(store: Store) -> Path:
 def open_or_empty(store: Store) -> tuple[Index, str | None]:
     """The store's index, at once, and why it does not know the store yet (None where it does).
 
-    One that is missing or not to be trusted is replaced by an empty one, with the old one's usage
-    and audit trail. ``rescan``, which a mount owes it in any case, fills it. That of a read-only
+    One that is missing or not to be trusted is replaced by an empty one, with the old one's
+    usage. ``rescan``, which a mount owes it in any case, fills it. That of a read-only
     store is a temporary one.
     """
     if not store.writable:
@@ -118,9 +116,9 @@ def rebuild(
     try:
         scan = rescan(store, new, model, known=known, progress=progress)
         with index.exchanged() if index else contextlib.nullcontext():
-            usage, events = _carry_over(directory, new)
+            usage = _carry_over(directory, new)
             seconds = round(time.monotonic() - started, 3)
-            report = Report(scan.cubes, scan.copies, usage, events, seconds)
+            report = Report(scan.cubes, scan.copies, usage, seconds)
             new.set_info(REBUILT, dataclasses.asdict(report))
             if model is not None:
                 new.set_info(MODEL, dict(model))
@@ -135,17 +133,16 @@ def rebuild(
     return report
 
 
-def _carry_over(old: Path, new: Index) -> tuple[int, int]:
-    """Takes from the old index what no file says; how many counters and events that was."""
+def _carry_over(old: Path, new: Index) -> int:
+    """Takes from the old index what no file says; how many counters that was."""
     usage = new.merge_usage(
         (cube_id, Usage(reads, questions, last), unwritten)
         for cube_id, reads, questions, last, unwritten in salvage(old, "usage")
     )
-    events = new.put_events(salvage(old, "events"))
     for name, value in salvage(old, "info"):
         if name not in _OWN_INFO:
             new.set_info(name, value)
-    return usage, events
+    return usage
 
 
 def _fresh(directory: Path) -> Path:

@@ -10,7 +10,6 @@ one that stands under another's key, is IndexDamaged and never an answer. Used b
 | ``facets`` | kind of facet, then its value | path |
 | ``times`` | when a memory changed, big-endian microseconds | path |
 | ``usage`` | cube id | ``Usage``, and whether it is still to be written to meta.json |
-| ``events`` | sequence number, big-endian | JSON |
 | ``info`` | name | JSON |
 
 A path (or tag) that is too long for a key is cut, and ends in NUL and a digest of the whole; NUL is
@@ -31,7 +30,7 @@ import xxhash
 from memfs.errors import IndexDamaged
 from memfs.vault.facts import CubeFacts
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever a key, a value or a field of CubeFacts changes its meaning: an index of another
 format is made again."""
 
@@ -41,7 +40,6 @@ DATABASES = {
     "facets": True,
     "times": True,
     "usage": False,
-    "events": False,
     "info": False,
 }
 
@@ -81,11 +79,6 @@ def facets_of(facts: CubeFacts) -> set[bytes]:
 def time_key(seconds: float) -> bytes:
     """The key of a time; times before 1970 are as 1970."""
     return struct.pack(">Q", min(max(int(seconds * 1e6), 0), (1 << 63) - 1))
-
-
-def seq_key(seq: int) -> bytes:
-    """The key of an event."""
-    return struct.pack(">Q", seq)
 
 
 def seal(key: bytes, content: bytes) -> bytes:

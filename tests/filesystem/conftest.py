@@ -61,12 +61,12 @@ class Forest:
         self.tree = Tree(facts, self.backing, self.catalogue, self.link, self.caller)
         (root / HIDDEN_DIR).mkdir()
         if indexed:
-            self.catalogue.keeper.start()
+            self.catalogue.start()
 
     def close(self) -> None:
         self.link.stop()
         if self.indexed:
-            self.catalogue.keeper.stop()
+            self.catalogue.stop()
         self.store.close()
 
     def opened(self, path: str, flags: int = os.O_RDONLY) -> tuple[int, Handle]:

@@ -13,7 +13,7 @@ import pytest
 from memfs.index import environment
 from memfs.index.check import salvage, sound
 from memfs.index.lmdb_index import Index
-from memfs.index.records import Usage
+from memfs.index.records import FORMAT, Usage
 from memfs.vault.facts import CubeFacts
 
 PAGE = 4096
@@ -29,8 +29,6 @@ def fill(directory: Path, cubes: int = 300) -> dict[str, CubeFacts]:
         index.put_many(known.items())
         for i in range(cubes):
             index.count(str(uuid.UUID(int=i)), reads=1, at=5.0)
-        for i in range(50):
-            index.log({"event": "x", "n": i, "time": 1.0})
     return known
 
 
@@ -132,8 +130,6 @@ def test_damage_is_found(directory: Path, damage: Callable[[bytearray], None]) -
     for cube_id, *counts in salvage(directory, "usage"):
         assert uuid.UUID(cube_id).int < len(known)
         assert counts == [1, 0, 5.0, True]
-    for event in salvage(directory, "events"):
-        assert event == {"seq": event["n"] + 1, "event": "x", "n": event["n"], "time": 1.0}
 
 
 def test_any_byte_may_be_wrong(directory: Path, tmp_path: Path) -> None:
@@ -162,8 +158,7 @@ def test_what_is_whole_beside_the_damage_is_saved(directory: Path) -> None:
     file.write_bytes(data)
     assert len(list(salvage(directory, "cubes"))) == 299
     assert len(list(salvage(directory, "usage"))) == 300
-    assert len(list(salvage(directory, "events"))) == 50
-    assert dict(salvage(directory, "info")) == {"format": 1}
+    assert dict(salvage(directory, "info")) == {"format": FORMAT}
 
 
 def test_saving_may_end_early(directory: Path) -> None:
@@ -226,7 +221,4 @@ def test_modules_of_the_working_directory_are_not_run(
 def test_usage_survives_the_way_through_a_child(directory: Path) -> None:
     with Index.open(directory) as index:
         index.set_usage(ID, Usage(3, 4, None))
-        index.log({"path": os.fsdecode(b"caf\xe9")})
     assert list(salvage(directory, "usage")) == [[ID, 3, 4, None, False]]
-    (event,) = salvage(directory, "events")
-    assert event["path"] == os.fsdecode(b"caf\xe9")

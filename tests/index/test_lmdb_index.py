@@ -175,33 +175,6 @@ def test_usage(index: Index) -> None:
     assert index.usage(IDS[1]) == Usage(1, 0, None)
 
 
-def test_the_audit_trail(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(index.events()) == []
-    assert index.log({"event": "mounted", "path": "a\udcff"}) == 1
-    assert index.log({"event": "asked", "time": 7.5}) == 2
-    first, second = index.events()
-    assert first["seq"] == 1
-    assert first["path"] == "a\udcff"
-    assert first["time"] > 1e9
-    assert second == {"seq": 2, "event": "asked", "time": 7.5}
-    assert list(index.events(after=1)) == [second]
-    assert list(index.events(limit=1)) == [first]
-    assert list(index.events(after=2)) == []
-
-
-def test_the_audit_trail_is_finite(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memfs.index.trail.KEEP_EVENTS", 100)
-    monkeypatch.setattr("memfs.index.trail._TRIM", 10)
-    for i in range(1, 1001):
-        assert index.log({"event": "x"}) == i
-    seqs = [event["seq"] for event in index.events()]
-    assert seqs == list(range(901, 1001))
-    reader = index.events()
-    next(reader)
-    index.log({"event": "later"})
-    assert [event["event"] for event in reader] == ["x"] * 99  # ends with what there was
-
-
 def test_info(index: Index) -> None:
     assert index.get_info("model") is None
     index.set_info("model", {"a": ["b"]})
@@ -212,7 +185,7 @@ def test_the_map_grows_by_itself(tmp_path: Path) -> None:
     with Index.open(tmp_path / "index", map_size=1 << 20) as index:
         index.put_many((f"c{i}", facts(title="x" * 1000)) for i in range(5000))
         assert len(index) == 5000
-        index.log({"event": "x" * (8 << 20)})
+        index.set_info("large", "x" * (8 << 20))
         assert not index.key_errors()
     with Index.open(tmp_path / "index", map_size=1 << 20) as index:
         assert len(index) == 5000

@@ -79,7 +79,6 @@ def test_a_damaged_index_is_made_again(store: Store, tmp_path: Path, kind: str) 
     index, _ = open_or_rebuild(store)
     known = id_of(store, "a")
     index.count(known, reads=3, at=5.0)
-    index.log({"event": "mounted", "time": 1.0})
     if kind == "format":
         index.set_info("format", 0)
     index.close()
@@ -99,7 +98,6 @@ def test_a_damaged_index_is_made_again(store: Store, tmp_path: Path, kind: str) 
     assert paths(index) == ["a", "w/b", "w/c"]
     if kind in ("record", "format"):
         assert index.usage(known) == Usage(3, 0, 5.0)
-        assert [event["event"] for event in index.events()] == ["mounted"]
     index.close()
     assert beside(store) == [".gitignore", "index"]
     assert directory.is_dir()
@@ -151,20 +149,17 @@ def test_a_rebuild_from_the_files_alone(store: Store) -> None:
     index, _ = open_or_rebuild(store)
     ids = {path: id_of(store, path) for path in paths(index)}
     index.count(ids["a"], reads=3, at=5.0)
-    index.log({"event": "mounted", "time": 1.0})
     index.set_info(MODEL, {"weights_sha256": "x"})
     index.set_info("mine", 7)
     index.put("no such cube", CubeFacts())
     index.close()
     seen: list[int] = []
     report = rebuild(store, index_directory(store), progress=seen.append)
-    assert (report.cubes, report.copies, report.usage, report.events) == (3, 0, 1, 1)
+    assert (report.cubes, report.copies, report.usage) == (3, 0, 1)
     assert seen == [1, 2, 3]
     with Index.open(index_directory(store)) as index:
         assert {path: facts.id for path, facts in index.under("")} == ids
         assert index.usage(ids["a"]) == Usage(3, 0, 5.0)
-        assert [event["seq"] for event in index.events()] == [1]
-        assert index.log({"event": "later"}) == 2
         assert index.get_info(MODEL) == {"weights_sha256": "x"}
         assert index.get_info("mine") == 7
         assert index.get_info(REBUILT)["cubes"] == 3
@@ -304,14 +299,14 @@ def test_a_rebuild_killed_at_any_instant_loses_no_usage(store: Store) -> None:
 
 def test_a_crash_between_the_two_renames(store: Store) -> None:
     index, _ = open_or_rebuild(store)
-    index.log({"event": "kept"})
+    index.set_info("mine", 7)
     index.close()
     directory = index_directory(store)
     directory.rename(directory.with_name("index.old-1234"))
     (store.control_dir / "index.new-1234").mkdir()
     index, reason = open_or_empty(store)
     assert reason is None
-    assert [event["event"] for event in index.events()] == ["kept"]
+    assert index.get_info("mine") == 7
     index.close()
 
 

@@ -263,7 +263,8 @@ def test_the_control_tree(mount: Mount) -> None:
     assert status["mounted"] == []
     assert {"model", "device", "budget_bytes"} <= status.keys()
     assert (control / "status").stat().st_size == len((control / "status").read_bytes())
-    assert (control / "events").read_bytes() == b""
+    (event,) = map(json.loads, (control / "events").read_text().splitlines())
+    assert (event["event"], event["path"], event["uid"]) == ("created", "law", os.getuid())
     assert os.listdir(control / "mounted") == []
     assert stat.S_IMODE((control / "control").stat().st_mode) == 0o200
     for name in ("status", "control", "new"):
