@@ -48,9 +48,11 @@ _CREATORS = frozenset({"cp", "mv", "install"})
 """Programs that create the files of a copied directory exclusively, by the names the kernel knows.
 """
 
-_TRIES = 20
+_TRIES = 500
 _PAUSE = 0.0002
-"""The asking thread may be still on its way to sleep: then the kernel calls it running."""
+"""The asking thread may be still on its way to sleep: then the kernel calls it running. On a busy
+machine it can be some hundredths of a second before it gets there.
+"""
 
 
 def creates(pid: int) -> bool | None:
