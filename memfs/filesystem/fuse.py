@@ -16,7 +16,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from threading import get_ident as _get_ident
+from typing import Any, ClassVar
 
 from memfs.errors import MemfsError, MountFailed
 from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
@@ -30,6 +31,11 @@ _SONAMES = ("libfuse3.so.4", "libfuse3.so.3")
 _KILLPRIV = 1 << 20
 """FUSE_CAP_HANDLE_KILLPRIV: that the file system clears setuid bits. The kernel does it better:
 root's mount writes with rights under which no file loses them.
+"""
+
+_READDIRPLUS = 1 << 13 | 1 << 14
+"""FUSE_CAP_READDIRPLUS and its AUTO: listings with attributes, which nothing here believes for
+longer than the listing takes.
 """
 
 _UNCHANGED = 0xFFFFFFFF
@@ -53,6 +59,12 @@ def _load() -> None:
 _load()
 
 import mfusepy  # noqa: E402  it loads the library as it is imported
+
+_VERSION = (mfusepy.fuse_version_major, mfusepy.fuse_version_minor)
+_THREADS_STAY = _VERSION >= (3, 12)
+"""Whether libfuse can be told how many threads to keep. Before, it started as many as there was
+work for, and ended those that had none.
+"""
 
 _get_context = mfusepy._libfuse.fuse_get_context
 _is_interrupted = mfusepy._libfuse.fuse_interrupted
@@ -82,8 +94,7 @@ def serve(
     Raises:
         MountFailed: it could not be mounted; libfuse has said why on stderr.
     """
-    if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
-        # Before, libfuse started as many threads as there was work for.
+    if _THREADS_STAY:
         threads = str(2 * WAITERS)
         options = {"max_threads": threads, "max_idle_threads": threads, **options}
     callbacks = _Callbacks(tree, started, ended)
@@ -127,7 +138,7 @@ class _Callbacks(mfusepy.Operations):
         config.attr_timeout = ATTRIBUTE_SECONDS
         config.use_ino = 1
         config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
-        connection.want &= ~_KILLPRIV
+        connection.want &= ~(_KILLPRIV | _READDIRPLUS)
         self.served = True
         try:
             self._started()
@@ -226,8 +237,12 @@ class _Callbacks(mfusepy.Operations):
 class _Session(mfusepy.FUSE):
     """mfusepy's session, with the wrappers that are not enough replaced."""
 
+    _known_threads: ClassVar[set[int]] = set()
+
     def _wrapper(self, function: Callable[..., Any], *args: Any) -> int:
         """Runs a callback; its error as libfuse wants it. Nothing may escape into C."""
+        if _get_ident() not in self._known_threads:
+            self._stay()
         try:
             return int(function(*args) or 0)
         except OSError as e:
@@ -238,6 +253,16 @@ class _Session(mfusepy.FUSE):
         except Exception:
             log.exception("%s failed", function.__name__)
             return -errno.EIO
+
+    def _stay(self) -> None:
+        """Python keeps what it knows of the calling thread, one of libfuse's, until the mount ends.
+
+        Otherwise it makes that anew for every callback and throws it away, which takes longer than
+        most callbacks do.
+        """
+        self._known_threads.add(_get_ident())
+        if _THREADS_STAY:
+            ctypes.pythonapi.PyGILState_Ensure()  # and no release: the next ensure finds it there
 
     def _path(self, raw: bytes) -> str:
         return raw[1:].decode(self.encoding, self.errors)

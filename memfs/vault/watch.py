@@ -5,8 +5,10 @@ and handed on as a set of directories. Events can be lost, where the kernel's qu
 there are more directories than it will watch: everything has to be looked at then. Used by the
 mount. Both callbacks run in the watcher's own thread; while one runs, further events are gathered.
 
-Of a write nothing is heard before the file is closed: an event for each block that passes through
-the mount would take the interpreter from the threads that serve it.
+What passes through the mount raises events too, and each that is handled takes the interpreter from
+the threads that serve files. So of a write nothing is heard before the file is closed, the queue is
+read a few times a second only, and of what happened to the files of one directory since, one event
+is handled.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ log = logging.getLogger(__name__)
 
 QUIET_S, LONGEST_S = 0.2, 1.0
 """Events are handed on once none came for so long, and after so long in any case."""
+READ_S = 0.05
+"""How long events are left in the kernel's queue after it was read."""
 RESCAN_S = 15.0
 """How often all is looked at where not everything can be watched."""
 RESCAN_SHARE = 5
@@ -79,6 +83,8 @@ _MASK = Mask(
     | InotifyConstants.IN_ONLYDIR
     | InotifyConstants.IN_EXCL_UNLINK
 )
+_WHOLE = InotifyConstants.IN_ISDIR | InotifyConstants.IN_IGNORED | InotifyConstants.IN_Q_OVERFLOW
+"""Events that are about more than a file in a directory."""
 
 
 class Watcher(FileSystemEventHandler):
@@ -256,6 +262,18 @@ class _Notifier(InotifyFD):
             if e.errno == errno.ENOSPC:
                 self._on_limit()
             raise
+
+    def read_events(self, **options: int) -> list[InotifyEvent]:
+        """What came since it was last asked; of the files in a directory, what came first."""
+        self.stopped_event.wait(READ_S)
+        found, directories = [], set()
+        for event in super().read_events(**options):
+            if event.name and not event.mask & _WHOLE:
+                if event.wd in directories or is_temporary(os.fsdecode(event.name)):
+                    continue
+                directories.add(event.wd)
+            found.append(event)
+        return found
 
     def handle_event(self, event: InotifyEvent) -> None:
         """One event of the queue."""
