@@ -26,6 +26,7 @@ COMMANDS = {
     "ask": "ask the model a question, with cubes in its memory",
     "attach": "put a cube into the model by name",
     "detach": "take a cube out of the model",
+    "fsck": "check everything a store holds, and repair it",
     "index": "check or rebuild the index of a store, or search it",
     "runtime": "start, stop or prepare the resident model",
     "bench": "measure memfs on this machine",

@@ -20,9 +20,6 @@ from memfs.filesystem.context import Context
 from memfs.vault.publish import is_temporary
 from memfs.vault.store import Store
 
-HIDDEN_DIR = f"{layout.CONTROL}/unlinked"
-"""Where files stay that were unlinked while open; emptied at every mount."""
-
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}")
 
 _DROPPED = os.O_DIRECT | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOCTTY

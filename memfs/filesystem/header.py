@@ -13,7 +13,6 @@ import errno
 import grp
 import os
 import pwd
-import uuid
 from typing import Any
 
 from memfs.cube import layout, metadata
@@ -57,7 +56,7 @@ class Headers:
         try:
             stored = identity.read_meta(self._backing.store, cube)
         except (InvalidMetadata, NotAllowed):
-            stored = _last_known(facts, cube)
+            stored = identity.last_known(facts, cube)
         data = metadata.render(metadata.show(stored, _live(facts, usage)))
         if len(self._rendered) >= _KEPT:
             self._rendered.clear()
@@ -166,25 +165,6 @@ def _live(facts: CubeFacts, usage: Usage | None) -> Meta:
             },
         },
     }
-
-
-def _last_known(facts: CubeFacts, cube: str) -> Meta:
-    """The header of a cube whose meta.json was made invalid beside the mount."""
-    meta = metadata.new(title=facts.title)
-    unknown = str(uuid.uuid5(uuid.NAMESPACE_URL, os.fsencode(cube).hex()))  # the same at each read
-    meta["descriptive"] |= {
-        "id": facts.id or unknown,
-        "created": facts.created or metadata.rfc3339(facts.changed),
-        "type": facts.type,
-        "tags": list(facts.tags),
-    }
-    meta["governance"]["priority"] = facts.priority
-    meta["state"] |= {
-        "lifecycle": facts.lifecycle,
-        "frozen": facts.frozen,
-        "pinned": facts.pinned,
-    }
-    return meta
 
 
 def _take(meta: Meta, old: Meta, group: str, names: tuple[str, ...]) -> None:

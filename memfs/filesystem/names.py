@@ -14,7 +14,7 @@ from collections.abc import Callable
 from memfs.cube import layout, metadata
 from memfs.cube.layout import Role
 from memfs.errors import InvalidMetadata
-from memfs.filesystem.backing import HIDDEN_DIR, Backing, is_hidden
+from memfs.filesystem.backing import Backing, is_hidden
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import HandleTable
@@ -24,6 +24,7 @@ from memfs.filesystem.opening import Opening, require_free
 from memfs.filesystem.staged import Staged
 from memfs.filesystem.syscalls import RENAME_EXCHANGE
 from memfs.vault.publish import TEMPORARY, publish_bytes
+from memfs.vault.store import HIDDEN_DIR
 
 
 class Names:

@@ -20,13 +20,13 @@ from typing import Any
 from memfs.config import Config
 from memfs.cube import layout
 from memfs.filesystem import fuse
-from memfs.filesystem.backing import HIDDEN_DIR, Backing
+from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.control import MountFacts
 from memfs.filesystem.link import Link
 from memfs.filesystem.registry import MountRecord
 from memfs.filesystem.tree import Tree
-from memfs.vault.store import Store
+from memfs.vault.store import HIDDEN_DIR, Store
 
 log = logging.getLogger(__name__)
 

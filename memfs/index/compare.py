@@ -1,4 +1,4 @@
-"""Comparing the index with the files, for ``memfs index check``.
+"""Comparing the index with the files, for ``memfs index check`` and ``memfs fsck``.
 
 Every file is read again, digests and checksums included. May run in another process beside a mount.
 """
@@ -43,16 +43,23 @@ def compare(
     """
     paths = {path for path, names in store.walk() if path and layout.is_cube(names)}
     paths.update(index.paths())
-    found = [d for path in sorted(paths) for d in _compare_cube(store, index, path, model)]
+
+    def differences(path: str) -> list[Difference]:
+        return compare_cube(index, path, inspect(store, path, None, model), model)
+
+    found = [d for path in sorted(paths) for d in differences(path)]
     if found and settle_s:
         time.sleep(settle_s)
         again = sorted({difference.path for difference in found})
-        found = [d for path in again for d in _compare_cube(store, index, path, model)]
+        found = [d for path in again for d in differences(path)]
     return found + [Difference("", "keys", said, None) for said in index.key_errors()]
 
 
-def _compare_cube(store: Store, index: Index, path: str, model: Model) -> list[Difference]:
-    known, files = index.get(path), inspect(store, path, None, model)
+def compare_cube(
+    index: Index, path: str, files: CubeFacts | None, model: Model
+) -> list[Difference]:
+    """The differences of one cube; ``files`` is what they say, None where there is no cube."""
+    known = index.get(path)
     if known is None or files is None:
         if known is files:
             return []

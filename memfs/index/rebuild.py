@@ -52,6 +52,11 @@ def index_directory(store: Store) -> Path:
     return store.control_dir / _NAME
 
 
+def leftovers(directory: Path) -> list[Path]:
+    """What a crash left beside an index of making it again; the next one to be made removes it."""
+    return _beside(directory, "new") + _beside(directory, "old")
+
+
 def open_or_empty(store: Store) -> tuple[Index, str | None]:
     """The store's index, at once, and why it does not know the store yet (None where it does).
 
@@ -109,6 +114,7 @@ def rebuild(
             if it can; it is mended in place: its holders need do nothing.
     """
     started = time.monotonic()
+    _restore(directory)
     fresh = _fresh(directory)
     model = model or dict(salvage(directory, "info")).get(MODEL)
     known = {path: cube_id for path, cube_id in salvage(directory, "cubes") if cube_id}

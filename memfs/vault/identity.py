@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -42,9 +43,8 @@ def adopt(
         return facts
     taken = facts.id is not None and _is_elsewhere(store, path, facts.id, lookup)
     if facts.meta_sig is None:
-        meta = _first_header(path)
-        if facts.id is not None and not taken:
-            meta["descriptive"]["id"] = facts.id
+        known = facts.id is not None and not taken
+        meta = last_known(facts, path) if known else metadata.new(title=_title(path))
     elif taken:
         try:
             found = read_meta(store, path)
@@ -81,6 +81,25 @@ def read_meta(store: Store, path: str) -> metadata.Meta:
     return metadata.parse(store.read(layout.join(path, layout.META), metadata.MAX_BYTES))
 
 
+def last_known(facts: CubeFacts, path: str) -> metadata.Meta:
+    """The header of a cube that has none, or an invalid one, as far as its facts remember it."""
+    meta = metadata.new(title=facts.title or _title(path))
+    unknown = str(uuid.uuid5(uuid.NAMESPACE_URL, os.fsencode(path).hex()))  # the same at each call
+    meta["descriptive"] |= {
+        "id": facts.id or unknown,
+        "created": facts.created or metadata.rfc3339(facts.changed),
+        "type": facts.type,
+        "tags": list(facts.tags),
+    }
+    meta["governance"]["priority"] = facts.priority
+    meta["state"] |= {
+        "lifecycle": facts.lifecycle,
+        "frozen": facts.frozen,
+        "pinned": facts.pinned,
+    }
+    return meta
+
+
 def _is_elsewhere(
     store: Store, path: str, cube_id: str, lookup: Callable[[str], str | None]
 ) -> bool:
@@ -94,10 +113,10 @@ def _is_elsewhere(
         return False
 
 
-def _first_header(path: str) -> metadata.Meta:
+def _title(path: str) -> str:
+    """The name of the cube's directory, as far as it can be written."""
     _, name = layout.split(path)
-    readable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return metadata.new(title=readable)
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _holder(store: Store, path: str) -> os.stat_result:

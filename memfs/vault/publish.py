@@ -63,7 +63,7 @@ def publishing(
             raise
         finally:
             os.close(fd)
-        _sync_directory(directory)
+        sync_directory(directory)
     finally:
         os.close(directory)
 
@@ -153,7 +153,8 @@ def _make_like(fd: int, like: os.stat_result) -> None:
     os.fchmod(fd, mode)
 
 
-def _sync_directory(fd: int) -> None:
+def sync_directory(fd: int) -> None:
+    """Flushes the names in an open directory to the disk."""
     try:
         os.fsync(fd)
     except OSError as e:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from memfs.cube import layout
 from memfs.errors import NotAllowed, NotFound
+
+HIDDEN_DIR = f"{layout.CONTROL}/unlinked"
+"""Where files stay that were unlinked while open; emptied at every mount."""
 
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP = os.O_PATH | _DIRECTORY
@@ -112,25 +115,28 @@ class Store:
         finally:
             os.close(fd)
 
-    def walk(self, top: str = "") -> Iterator[tuple[str, list[str]]]:
+    def walk(
+        self, top: str = "", failed: Callable[[str, OSError], None] | None = None
+    ) -> Iterator[tuple[str, list[str]]]:
         """Every directory from ``top`` down with the names in it, but for the control directory.
 
-        Never through a symlink. What vanishes or may not be read meanwhile is left out.
+        Never through a symlink. What vanishes or may not be read meanwhile is left out; ``failed``
+        is told of it.
         """
         pending = [top]
         while pending:
             path = pending.pop()
             try:
                 fd = self.open_dir(path)
-            except OSError:
+                try:
+                    with os.scandir(fd) as entries:
+                        found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
+                finally:
+                    os.close(fd)
+            except OSError as e:
+                if failed is not None:
+                    failed(path, e)
                 continue
-            try:
-                with os.scandir(fd) as entries:
-                    found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
-            except OSError:
-                continue
-            finally:
-                os.close(fd)
             if not path:
                 found = [item for item in found if item[0] != layout.CONTROL]
             yield path, [name for name, _ in found]

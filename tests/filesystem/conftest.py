@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from memfs.config import Config
-from memfs.filesystem.backing import HIDDEN_DIR, Backing
+from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.control import MountFacts
 from memfs.filesystem.handles import Handle
 from memfs.filesystem.link import Link
 from memfs.filesystem.tree import Tree
-from memfs.vault.store import Store
+from memfs.vault.store import HIDDEN_DIR, Store
 
 
 class Caller:
