@@ -16,6 +16,7 @@ from memfs.cube import layout
 from memfs.errors import MemfsError, MountFailed, NotAllowed
 from memfs.filesystem import registry
 from memfs.index.problems import IndexCheck
+from memfs.vault import trail
 from memfs.vault.check import FileCheck, unreadable
 from memfs.vault.facts import inspect
 from memfs.vault.lock import lock
@@ -25,7 +26,7 @@ from memfs.vault.store import Store
 HELP = "check everything a store holds, and repair it"
 EPILOG = """\
 examples:
-  memfs fsck ~/store             check files, headers, digests and the index
+  memfs fsck ~/store             check files, headers, digests, audit trail and index
   memfs fsck --repair ~/store    and mend what is wrong
   memfs fsck --json ~/mem        of a mounted store, for a script
 
@@ -34,14 +35,15 @@ mounted can be checked, where changes under way are looked at twice, and not rep
 
 --repair deletes nothing: what is of no use where it lies is moved to STORE/.memfs/aside/TIME/,
 under the path that it had. A header that is missing or broken is written anew from what the
-index remembers, with the same id; the index is made again from the files.
+index remembers, with the same id; the index is made again from the files. A broken chain of
+the audit trail stays as it is: what was lost of it cannot come back.
 
 exit status: 0 nothing is wrong, or all was mended; 1 problems remain; 9 the store is in use.
 """
 
 SETTLE_S = 2.5
 """A change through or beside a mount is finished and in its index after so long."""
-_ORDER = ("files", "metadata", "digests", "index")
+_ORDER = ("files", "metadata", "digests", "trail", "index")
 """In which areas are mended: the index last, from files that are right by then."""
 
 
@@ -135,8 +137,15 @@ class _Check:
             found += self._files.unlinked()
         found += [problem for path in sorted(by_cube) for problem in by_cube[path]]
         found += self._files.copies()
+        found += self._trail()
         found += self._index.whole()
         return sorted(found, key=lambda problem: _ORDER.index(problem.area))
+
+    def _trail(self) -> list[Problem]:
+        try:
+            return list(trail.problems(self._store))
+        except (OSError, NotAllowed) as e:
+            return [unreadable(trail.TRAIL, e)]
 
     def _look(self, path: str) -> list[Problem]:
         """What is wrong with one cube."""

@@ -362,6 +362,16 @@ def test_the_id_is_saved_from_a_damaged_index(root: Path, run: Run) -> None:
     assert after["descriptive"]["id"] == before["descriptive"]["id"]
 
 
+def test_a_broken_trail_is_said_and_left(root: Path, run: Run) -> None:
+    (root / ".memfs/trail").mkdir(exist_ok=True)
+    file = root / ".memfs/trail/000000000001.jsonl"
+    file.write_text("not a line of it\n")
+    status, said = run("--repair", root)
+    assert (status, said["left"]) == (1, len(said["problems"]))
+    assert {p["area"] for p in said["problems"]} == {"trail"}
+    assert file.read_text() == "not a line of it\n"
+
+
 def test_a_file_that_is_being_published_is_no_leftover(root: Path, run: Run) -> None:
     with Store.open(root) as store, publishing(store, "law/new") as (fd, _):
         os.write(fd, b"half")
