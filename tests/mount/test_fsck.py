@@ -94,7 +94,8 @@ def test_what_a_killed_mount_left_is_set_aside(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"not connected|abort"):
             file.close()
     status, said = fsck("--repair", mount.dir)  # the dead mount still names its store
-    assert (status, said["mountpoint"], len(said["problems"])) == (0, None, 2)
+    assert (status, said["mountpoint"]) == (0, None)
+    assert sum(p["area"] == "files" for p in said["problems"]) == 2
     aside = [
         path.read_bytes() for path in (mount.store / ".memfs/aside").rglob("*") if path.is_file()
     ]
