@@ -61,6 +61,17 @@ class InvalidRequest(MemfsError):
     exit_code = 7
 
 
+class BadArchive(MemfsError):
+    """the archive is refused"""
+
+    errno = _errno.EINVAL
+    exit_code = 7
+
+
+class Untrusted(NotAllowed):
+    """the archive's signature is not accepted"""
+
+
 class InvalidConfig(MemfsError):
     """the configuration is not valid"""
 

@@ -20,6 +20,11 @@ REJECTED = "meta.json.rejected"
 CONTROL = ".memfs"
 """At the store's root: memfs's own directory on disk; through a mount, the control tree."""
 
+TEMPORARY = ".memfs-tmp-"
+"""Start of the names of files and directories that are being published."""
+INCOMING = TEMPORARY + "load-"
+"""Start of the names of directories in which cubes are put together before they get their place."""
+
 _MARKS = frozenset({PAYLOAD, KV, ADAPTER, META})
 
 
@@ -50,15 +55,21 @@ def is_cube(names: Iterable[str]) -> bool:
     return not _MARKS.isdisjoint(names)
 
 
+def is_temporary(path: str) -> bool:
+    """Whether something is being published, or lies within what is: part of no cube as yet."""
+    return f"/{TEMPORARY}" in f"/{path}"
+
+
 def classify(path: str) -> tuple[Role, str]:
     """The role of ``path`` and the cube directory it belongs to (``""`` where it has none).
 
-    A mark at the store's root makes no cube: the root is always a collection.
+    A mark at the store's root makes no cube: the root is always a collection. Nor does one in a
+    directory that is being published.
     """
     if path == CONTROL or path.startswith(CONTROL + "/"):
         return Role.CONTROL, ""
     parent, name = split(path)
-    if not parent:
+    if not parent or is_temporary(parent):
         return Role.OTHER, ""
     if name == PAYLOAD:
         return Role.PAYLOAD, parent

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from memfs.cube import layout
 from memfs.filesystem import syscalls
 from memfs.filesystem.context import Context
-from memfs.vault.publish import is_temporary
+from memfs.vault.rename import renameat2
 from memfs.vault.store import Store
 
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}")
@@ -123,7 +123,7 @@ class Backing:
     def rename(self, old: str, new: str, flags: int = 0) -> None:
         with self.at(old) as (source, old_name), self.at(new) as (parent, name):
             if flags:
-                syscalls.renameat2(source, old_name, parent, name, flags)
+                renameat2(source, old_name, parent, name, flags)
             else:
                 os.rename(old_name, name, src_dir_fd=source, dst_dir_fd=parent)
 
@@ -184,7 +184,8 @@ class Backing:
         }
         with os.scandir(fd) as entries:
             for entry in entries:
-                if not is_reserved(layout.join(path, entry.name)):
+                shown = not layout.is_temporary(entry.name)
+                if shown and layout.join(path, entry.name) != layout.CONTROL:
                     aside.pop(entry.name, None)
                     yield entry.name, _kind(entry), entry.inode()
         for name, real in aside.items():
@@ -206,8 +207,14 @@ class Backing:
 
 
 def is_reserved(path: str) -> bool:
-    """Whether a name is memfs's own: never shown, and not to be made by anybody else."""
-    return path == layout.CONTROL or is_temporary(layout.split(path)[1])
+    """Whether a name is memfs's own: never shown, and not to be made by anybody else.
+
+    Directories for cubes that are put together are: they are never listed, but for ``memfs load``
+    to make and use.
+    """
+    name = layout.split(path)[1]
+    own = layout.is_temporary(name) and not name.startswith(layout.INCOMING)
+    return own or path == layout.CONTROL
 
 
 def is_hidden(path: str) -> bool:

@@ -22,8 +22,8 @@ from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
 from memfs.filesystem.opening import Opening, require_free
 from memfs.filesystem.staged import Staged
-from memfs.filesystem.syscalls import RENAME_EXCHANGE
-from memfs.vault.publish import TEMPORARY, publish_bytes
+from memfs.vault.publish import publish_bytes
+from memfs.vault.rename import RENAME_EXCHANGE
 from memfs.vault.store import HIDDEN_DIR
 
 
@@ -153,7 +153,7 @@ class Names:
             if e.errno != errno.EXDEV:
                 raise
             # Another filesystem is mounted within the store.
-            aside = layout.join(layout.split(path)[0], TEMPORARY + name)
+            aside = layout.join(layout.split(path)[0], layout.TEMPORARY + name)
             self._backing.rename(path, aside)
         return aside
 

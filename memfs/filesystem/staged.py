@@ -31,7 +31,6 @@ from memfs.filesystem.attributes import Status
 from memfs.filesystem.backing import Backing, give
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
-from memfs.vault.publish import TEMPORARY
 
 Published = Callable[[str], None]
 """Is told the path of a file that now stands in its place."""
@@ -209,7 +208,8 @@ class Staged(Handle):
         """Makes the temporary file, empty, and shows it under the path."""
         with self._backing.moving:
             path = self._named()
-            temporary = layout.join(layout.split(path)[0], TEMPORARY + secrets.token_hex(8))
+            name = layout.TEMPORARY + secrets.token_hex(8)
+            temporary = layout.join(layout.split(path)[0], name)
             with self._backing.at(temporary) as (parent, name):
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 fd = os.open(name, flags, 0o600, dir_fd=parent)

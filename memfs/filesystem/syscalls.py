@@ -1,7 +1,7 @@
 """System calls that Python does not offer as they are. Used by ``backing``; any thread.
 
-``os.rename`` has no flags, ``os.utime`` cannot leave one time alone or take the kernel's own clock,
-``posix_fallocate`` has no mode.
+``os.utime`` cannot leave one time alone or take the kernel's own clock, ``posix_fallocate`` has no
+mode. (Renaming with flags is in ``memfs.vault.rename``.)
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from typing import Any
-
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
 
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
@@ -27,21 +24,9 @@ class _Timespec(ctypes.Structure):
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.renameat2.argtypes = (
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.c_uint,
-)
 _libc.utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: int) -> None:
-    """Renames with RENAME_* flags, which the kernel applies at once."""
-    _check(_libc.renameat2(old_dir, os.fsencode(old), new_dir, os.fsencode(new), flags), old)
 
 
 def utimensat(directory: int, name: str, accessed: Time, modified: Time) -> None:

@@ -19,7 +19,7 @@ from memfs.index.history import take_history
 from memfs.index.lmdb_index import Index
 from memfs.vault.facts import CubeFacts, inspect
 from memfs.vault.identity import adopt
-from memfs.vault.publish import is_temporary, remove_leftover
+from memfs.vault.publish import remove_leftover
 from memfs.vault.store import Store
 
 Model = Mapping[str, str] | None
@@ -150,7 +150,7 @@ def rescan(
         if stop and stop():
             scan.complete = False
             return scan
-        for name in filter(is_temporary, names):
+        for name in filter(layout.is_temporary, names):
             if leftovers_before is not None:
                 remove_leftover(store, layout.join(path, name), leftovers_before)
         if not path or not layout.is_cube(names):

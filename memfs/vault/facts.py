@@ -136,8 +136,8 @@ def inspect(
         check_kv: without it a KV cache that changed is ``unchecked`` until the next look: its bytes
             may be gigabytes, and a caller that somebody waits for has no time to read them.
     """
-    if not path:
-        return None  # the root is a collection, whatever is in it
+    if not path or layout.is_temporary(path):
+        return None  # the root is a collection, whatever is in it; and what is not yet published
     try:
         directory = store.open_dir(path)
     except OSError as e:

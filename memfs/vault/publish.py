@@ -12,19 +12,13 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 
 from memfs.cube import layout
 from memfs.errors import NotAllowed
 from memfs.vault.store import Store
-
-TEMPORARY = ".memfs-tmp-"
-"""Start of the temporary names. They are never indexed, and never part of a cube."""
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file's name says that it is being published."""
-    return name.startswith(TEMPORARY)
 
 
 @contextlib.contextmanager
@@ -42,7 +36,7 @@ def publishing(
     """
     parent, name = layout.split(path)
     directory = store.open_dir(parent)
-    temporary = TEMPORARY + secrets.token_hex(8)
+    temporary = layout.TEMPORARY + secrets.token_hex(8)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(temporary, flags, 0o600 if like else 0o666, dir_fd=directory)
@@ -96,12 +90,15 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def remove_leftover(store: Store, path: str, before: float) -> bool:
-    """Removes a temporary file that a crash left; whether it did.
+    """Removes a temporary file, or a directory of them, that a crash left; whether it did.
 
     Args:
-        before: seconds since 1970; a younger file is left alone, as is one being written.
+        before: seconds since 1970; what is younger is left alone, as is a file being written.
     """
+    parent, name = layout.split(path)
     try:
+        if name.startswith(layout.INCOMING):
+            return _remove_incoming(store, path, before)
         fd = store.open_regular(path)
     except (OSError, NotAllowed):
         return False
@@ -109,7 +106,6 @@ def remove_leftover(store: Store, path: str, before: float) -> bool:
         if os.fstat(fd).st_mtime >= before:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        parent, name = layout.split(path)
         directory = store.open_dir(parent)
         try:
             os.unlink(name, dir_fd=directory)
@@ -119,6 +115,21 @@ def remove_leftover(store: Store, path: str, before: float) -> bool:
         return False
     finally:
         os.close(fd)
+    return True
+
+
+def _remove_incoming(store: Store, path: str, before: float) -> bool:
+    """Whoever fills such a directory holds the store's lock, or writes through its mount: neither
+    is there any more when a mount begins."""
+    found = store.stat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_mtime >= before:
+        return False
+    parent, name = layout.split(path)
+    directory = store.open_dir(parent)
+    try:
+        shutil.rmtree(name, dir_fd=directory)
+    finally:
+        os.close(directory)
     return True
 
 

@@ -120,8 +120,8 @@ class Store:
     ) -> Iterator[tuple[str, list[str]]]:
         """Every directory from ``top`` down with the names in it, but for the control directory.
 
-        Never through a symlink. What vanishes or may not be read meanwhile is left out; ``failed``
-        is told of it.
+        Never through a symlink, nor into what is being published. What vanishes or may not be read
+        meanwhile is left out; ``failed`` is told of it.
         """
         pending = [top]
         while pending:
@@ -140,7 +140,8 @@ class Store:
             if not path:
                 found = [item for item in found if item[0] != layout.CONTROL]
             yield path, [name for name, _ in found]
-            pending += [layout.join(path, name) for name, is_dir in found if is_dir]
+            below = [name for name, is_dir in found if is_dir and not layout.is_temporary(name)]
+            pending += [layout.join(path, name) for name in below]
 
     def _parent(self, path: str) -> tuple[int, str]:
         """A descriptor of the directory that ``path`` is in, and its name there; root is ``""``."""

@@ -49,7 +49,6 @@ from watchdog.observers.inotify_c import (
 
 from memfs.cube import layout
 from memfs.errors import MemfsError
-from memfs.vault.publish import is_temporary
 from memfs.vault.store import Store
 
 log = logging.getLogger(__name__)
@@ -135,8 +134,8 @@ class Watcher(FileSystemEventHandler):
         if not path.startswith(self._root):
             return
         relative = path[len(self._root) :]
-        parent, name = layout.split(relative)
-        if is_temporary(name) or relative.split("/", 1)[0] == layout.CONTROL:
+        parent, _ = layout.split(relative)
+        if layout.is_temporary(relative) or relative.split("/", 1)[0] == layout.CONTROL:
             return
         found = {parent} | ({relative} if is_directory else set())
         holder, last = layout.split(parent)

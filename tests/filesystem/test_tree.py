@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from memfs.cube import layout
 from memfs.errors import InvalidMetadata
-from memfs.filesystem.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, UTIME_OMIT
+from memfs.filesystem.syscalls import UTIME_OMIT
+from memfs.vault.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 from .conftest import Forest, number_of, until
 

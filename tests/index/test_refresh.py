@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from memfs.cube import metadata
+from memfs.cube import layout, metadata
 from memfs.index.lmdb_index import Usage
 from memfs.index.refresh import Change, refresh, refresh_all, rescan
-from memfs.vault.publish import TEMPORARY
 
 Place = Any
 
@@ -280,10 +279,15 @@ def test_a_rescan_in_the_midst_of_rm_r_undoes_nothing(place: Place) -> None:
 
 def test_leftovers_of_a_crash_are_removed(place: Place) -> None:
     cube = place.cube("law")
-    (cube / f"{TEMPORARY}1").write_text("half")
-    (place.store.root / f"{TEMPORARY}2").write_text("half")
+    (cube / f"{layout.TEMPORARY}1").write_text("half")
+    (place.store.root / f"{layout.TEMPORARY}2").write_text("half")
+    half = place.store.root / f"{layout.INCOMING}3" / "0"  # what memfs load puts together
+    half.mkdir(parents=True)
+    (half / "payload.md").write_text("half")
     rescan(place.store, place.index, None)
-    assert (cube / f"{TEMPORARY}1").exists()
+    assert (cube / f"{layout.TEMPORARY}1").exists()
+    assert (half / "payload.md").exists()
+    assert list(place.index.paths()) == ["law"]
     rescan(place.store, place.index, None, leftovers_before=time.time() + 1)
     assert sorted(os.listdir(cube)) == ["meta.json", "payload.md"]
     assert sorted(os.listdir(place.store.root)) == [".memfs", "law"]

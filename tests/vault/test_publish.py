@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 import memfs
+from memfs.cube import layout
 from memfs.vault.publish import (
-    TEMPORARY,
-    is_temporary,
     publish_bytes,
     publishing,
     remove_leftover,
@@ -62,7 +61,7 @@ def test_the_path_that_is_given_opens_the_same_file(store: Store) -> None:
     with publishing(store, "a/f") as (fd, path):
         Path(path).write_bytes(b"by path")
         assert os.pread(fd, 100, 0) == b"by path"
-        assert is_temporary(names(store)[0])
+        assert layout.is_temporary(names(store)[0])
     assert names(store) == ["f"]
 
 
@@ -171,13 +170,13 @@ def test_a_writer_killed_at_any_instant_leaves_a_whole_file(store: Store) -> Non
         assert len(data) == 7 << 15
         assert data == data[:7] * (1 << 15)
         for name in names(store):
-            if is_temporary(name):
+            if layout.is_temporary(name):
                 assert remove_leftover(store, f"a/{name}", time.time() + 1)
         assert names(store) == ["f"]
 
 
 def test_only_leftovers_are_removed(store: Store) -> None:
-    name = f"a/{TEMPORARY}x"
+    name = f"a/{layout.TEMPORARY}x"
     (store.root / name).write_bytes(b"x")
     young = (store.root / name).stat().st_mtime
     assert not remove_leftover(store, name, young)  # made after the mount
