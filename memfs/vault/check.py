@@ -20,7 +20,6 @@ from memfs.vault.aside import Aside
 from memfs.vault.facts import MAX_PAYLOAD, CubeFacts, with_meta
 from memfs.vault.identity import adopt, read_meta
 from memfs.vault.problem import Problem
-from memfs.vault.publish import is_temporary
 from memfs.vault.sig import sig_of
 from memfs.vault.store import HIDDEN_DIR, Store
 
@@ -49,8 +48,10 @@ class FileCheck:
 
     def directory(self, path: str, names: Iterable[str]) -> Iterator[Problem]:
         """Names in a directory that are memfs's own and that nobody is publishing under."""
-        for name in sorted(filter(is_temporary, names)):
+        for name in sorted(filter(layout.is_temporary, names)):
             found = layout.join(path, name)
+            if name.startswith(layout.INCOMING):
+                continue  # memfs load may be at it; what it left, the next mount removes
             if not self._is_being_written(found):
                 what = "what a crash left of writing a file"
                 yield Problem("files", found, what, self._set_aside(found))

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 from memfs.cube import layout
-from memfs.vault.publish import is_temporary, publish_bytes
+from memfs.vault.publish import publish_bytes
 from memfs.vault.store import Store, give_to_owner
 from memfs.vault.trail import (
     HEAD,
@@ -233,7 +233,7 @@ def _prepare_directory(store: Store) -> None:
     fd = store.open_dir(TRAIL)
     try:
         give_to_owner(store, fd)
-        for name in filter(is_temporary, os.listdir(fd)):
+        for name in filter(layout.is_temporary, os.listdir(fd)):
             os.unlink(name, dir_fd=fd)
     finally:
         os.close(fd)

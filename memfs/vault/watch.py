@@ -268,7 +268,7 @@ class _Notifier(InotifyFD):
         found, directories = [], set()
         for event in super().read_events(**options):
             if event.name and not event.mask & _WHOLE:
-                if event.wd in directories or is_temporary(os.fsdecode(event.name)):
+                if event.wd in directories or layout.is_temporary(os.fsdecode(event.name)):
                     continue
                 directories.add(event.wd)
             found.append(event)
