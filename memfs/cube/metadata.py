@@ -134,7 +134,10 @@ def show(stored: Meta, live: Meta) -> Meta:
 
 
 def as_copy(meta: Meta) -> Meta:
-    """The header of a copy made inside one store: an id of its own, and where it came from."""
+    """The header of a copy made inside one store: an id of its own, and where it came from.
+
+    A copy of a frozen cube is not frozen.
+    """
     copied = copy.deepcopy(meta)
     descriptive = copied["descriptive"]
     origin = descriptive.setdefault("origin", {})
@@ -142,6 +145,7 @@ def as_copy(meta: Meta) -> Meta:
     descriptive["id"] = str(uuid.uuid4())
     descriptive["created"] = rfc3339()
     copied.get("behavioural", {}).update(reads=0, questions=0, last_used=None)
+    copied.get("state", {}).update(frozen=False)
     return copied
 
 

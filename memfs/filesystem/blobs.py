@@ -21,6 +21,7 @@ from memfs.filesystem.attributes import Attributes, Status, altered
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, creates, likely_creates
+from memfs.filesystem.guard import Guard
 from memfs.filesystem.handles import Handle
 from memfs.filesystem.link import Making
 from memfs.filesystem.making import Makers, OpenPending
@@ -40,8 +41,10 @@ class Blobs:
         catalogue: Catalogue,
         reading: Reading,
         makers: Makers,
+        guard: Guard,
         context: Callable[[], Context],
     ) -> None:
+        self._guard = guard
         self._backing = backing
         self._catalogue = catalogue
         self._reading = reading
@@ -137,6 +140,8 @@ class Blobs:
         payload = self._backing.status(layout.join(cube, layout.PAYLOAD))
         if not stat.S_ISREG(payload.st_mode) or not payload.st_size:
             raise missing
+        if self._guard.is_frozen(cube):
+            raise missing
         pid = self._context().pid
         creating = creates(pid)
         if creating is None:
@@ -161,8 +166,10 @@ class Blobs:
         facts, model = self._catalogue.facts(cube), self._catalogue.model
         if facts is None or facts.kv_state != "stale" or facts.kv_model is None or model is None:
             return False
-        return self._makers.possible and all(
-            facts.kv_model.get(name) == model.get(name) for name in MODEL_FIELDS
+        return (
+            self._makers.possible
+            and not self._guard.is_frozen(cube)
+            and all(facts.kv_model.get(name) == model.get(name) for name in MODEL_FIELDS)
         )
 
     def _remember(self, ino: int, promised: int) -> None:

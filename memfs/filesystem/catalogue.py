@@ -16,6 +16,7 @@ from memfs.cube import layout
 from memfs.errors import IndexDamaged, NotAllowed
 from memfs.filesystem import audit
 from memfs.filesystem.context import Context
+from memfs.filesystem.handles import HandleTable
 from memfs.filesystem.keeper import IndexKeeper, Model
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect
@@ -45,8 +46,8 @@ class Catalogue:
         """``changed`` is told the path of a cube whose memories changed; it must not wait."""
         self.store = store
         self.keeper = IndexKeeper(store, self._on_change)
-        self.being_written: Callable[[str], bool] = lambda _: False
-        """Whether a file of a cube is open for writing through the mount."""
+        self.handles = HandleTable()
+        """The open files of the mount: they tell who is writing, and hear of a cube that froze."""
         self._changed = changed
         self._trail: Trail | None = None
         self._untold: dict[str, CubeFacts | None] = {}
@@ -209,6 +210,7 @@ class Catalogue:
                 log.warning("%s is not in the index: %s", path, e)
                 self.keeper.later(path)
             else:
+                self._freeze(change.before, change.after, path)
                 self._tell(path, self._untold.pop(path, change.before), change.after, by)
                 return change.before, change.after, change.matters
         return self._refreshed_alone(path, adopting=adopting, check_kv=small, by=by)
@@ -238,13 +240,19 @@ class Catalogue:
             who = audit.actor(by) if who is None else who
             self.log(event | who)
 
+    def _freeze(self, before: CubeFacts | None, after: CubeFacts | None, path: str) -> None:
+        """Has open files take no writes in a cube that was frozen, and again in one that thawed."""
+        if after is not None and after.frozen != (before is not None and before.frozen):
+            self.handles.freeze(path, frozen=after.frozen)
+
     def _on_change(self, change: Change) -> None:
         """A change was seen that no operation told of: beside the mount, or halfway through one."""
         path = change.path
         self._recent.pop(path, None)
+        self._freeze(change.before, change.after, path)
         if path in self._early:
             self._early.discard(path)
-        elif self.being_written(path):
+        elif self.handles.is_written(path):
             self._untold.setdefault(path, change.before)
         elif change.before is not None or self.keeper.ask(_is_complete, False):
             self._tell(path, self._untold.pop(path, change.before), change.after, None)

@@ -26,6 +26,8 @@ class Handle:
     """Whether every read and write comes to us, past the kernel's page cache."""
     keep_cache = False
     """Whether pages cached by an earlier open are still good."""
+    frozen = False
+    """Whether its cube was frozen since it was opened."""
     writes = False
     """Whether a cube changes by it: its closes tell of that."""
 
@@ -81,12 +83,15 @@ class OpenFile(Handle):
         return os.preadv(self.fd, [buffer], offset)
 
     def write(self, buffer: memoryview, offset: int) -> int:
+        self._require_writable()
         return os.pwrite(self.fd, buffer, offset)
 
     def truncate(self, length: int) -> None:
+        self._require_writable()
         os.ftruncate(self.fd, length)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
+        self._require_writable()
         syscalls.fallocate(self.fd, mode, offset, length)
 
     def status(self) -> Status | None:
@@ -100,6 +105,10 @@ class OpenFile(Handle):
 
     def release(self) -> None:
         os.close(self.fd)
+
+    def _require_writable(self) -> None:
+        if self.frozen:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), self.path)
 
 
 class OpenPayload(OpenFile):
@@ -213,6 +222,13 @@ class HandleTable:
             handle.writes and handle.path is not None and handle.path.startswith(below)
             for handle in list(self._handles.values())
         )
+
+    def freeze(self, cube: str, *, frozen: bool) -> None:
+        """Tells every open file in a cube that it takes no writes any more, or does again."""
+        below = cube + "/"
+        for handle in list(self._handles.values()):
+            if handle.path is not None and handle.path.startswith(below):
+                handle.frozen = frozen
 
     def remove(self, number: int) -> Handle | None:
         """Takes a file that was closed for good out of the table."""

@@ -13,6 +13,8 @@ import errno
 import grp
 import os
 import pwd
+import stat
+from collections.abc import Mapping
 from typing import Any
 
 from memfs.cube import layout, metadata
@@ -22,6 +24,7 @@ from memfs.errors import InvalidMetadata, NotAllowed
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
+from memfs.filesystem.guard import Guard
 from memfs.index.history import usage_group
 from memfs.index.records import Usage
 from memfs.vault import identity
@@ -39,7 +42,8 @@ _KEPT = 2048
 class Headers:
     """The headers of all cubes, by the path of the cube."""
 
-    def __init__(self, backing: Backing, catalogue: Catalogue) -> None:
+    def __init__(self, backing: Backing, catalogue: Catalogue, guard: Guard) -> None:
+        self._guard = guard
         self._backing = backing
         self._catalogue = catalogue
         self._rendered: dict[str, tuple[CubeFacts, Usage | None, bytes]] = {}
@@ -71,21 +75,66 @@ class Headers:
 
         Raises:
             InvalidMetadata: it breaks the schema, or names an owner that there is not.
-            PermissionError: it changes owner, group or mode, and the writer may not.
+            PermissionError: it changes owner, group or mode, and the writer may not; or the cube is
+                frozen, and this is more than its owner's word that it is no longer.
         """
         meta = metadata.parse(text)
         old = self._before(cube)
-        if old is not None and metadata.cube_id(old) == metadata.cube_id(meta):
-            if base is None and (known := self._rendered.get(cube)):
-                base = known[2]
-            if base is not None:
-                self._govern(cube, meta, metadata.parse(base), context)
-            _take(meta, old, "governance", _GOVERNED)
-            _take(meta, old, "behavioural", _COUNTED)
-            _take(meta, old, "state", _FOUND)
-        else:
-            _take(meta, {}, "state", _FOUND)  # a cube that arrives keeps the counters it brings
+        if old is None or metadata.cube_id(old) != metadata.cube_id(meta):
+            if self._guard.is_frozen(cube):
+                raise self._refuse(cube, "frozen")
+            # A cube that arrives keeps the counters it brings. Frozen it would be half there: the
+            # files of a copy come one by one.
+            _take(meta, {}, "state", _FOUND)
+            meta["state"]["frozen"] = False
+            return metadata.render(meta)
+        if base is None and (known := self._rendered.get(cube)):
+            base = known[2]
+        governed = {} if base is None else _governed(meta, metadata.parse(base))
+        _take(meta, old, "governance", _GOVERNED)
+        _take(meta, old, "behavioural", _COUNTED)
+        _take(meta, old, "state", _FOUND)
+        if self._guard.is_frozen(cube):
+            self._require_thaw(cube, meta, old, context, governed=bool(governed))
+        elif meta["state"].get("frozen"):
+            self._require_one_name(cube)
+        if governed:
+            self._govern(cube, governed, context)
         return metadata.render(meta)
+
+    def _require_thaw(
+        self, cube: str, meta: Meta, old: Meta, context: Context, *, governed: bool
+    ) -> None:
+        """Raises unless a header says of a frozen cube that it is not, and nothing else."""
+        thawed = metadata.show(old, {"state": {"frozen": False}})
+        if governed or metadata.show(meta, {"state": {"frozen": False}}) != thawed:
+            raise self._refuse(cube, "frozen")
+        if meta["state"].get("frozen") or self._guard.is_frozen(layout.split(cube)[0]):
+            raise self._refuse(cube, "frozen")
+        if context.uid not in (0, self._backing.status(self._holder(cube)).st_uid):
+            raise self._refuse(cube, "only its owner thaws it")
+
+    def _require_one_name(self, cube: str) -> None:
+        """Raises where a file of a cube to be frozen could be written by another name."""
+        for name in (layout.PAYLOAD, layout.KV, f"{layout.ADAPTER}/{layout.ADAPTER_WEIGHTS}"):
+            try:
+                found = self._backing.status(layout.join(cube, name))
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+                raise InvalidMetadata(
+                    f"state.frozen: {name} has {found.st_nlink} names (hard links),"
+                    " and could be written by another"
+                )
+
+    def _refuse(self, cube: str, why: str) -> PermissionError:
+        self._guard.denied(cube, "write", why, file=layout.join(cube, layout.META))
+        return PermissionError(errno.EPERM, os.strerror(errno.EPERM), cube)
+
+    def _holder(self, cube: str) -> str:
+        """The file whose owner, group and mode are the cube's."""
+        path = layout.join(cube, layout.PAYLOAD)
+        return path if self._backing.exists(path) else cube
 
     def _before(self, cube: str) -> Meta | None:
         """The stored header; where an editor has renamed that away, what was last shown of it."""
@@ -99,30 +148,20 @@ class Headers:
         self, cube: str, text: bytes, found: os.stat_result, context: Context
     ) -> None:
         """Keeps the text of a refused header beside the one that stands, as the writer's file."""
-        if text:
+        if text and not self._guard.is_frozen(cube):
             path = layout.join(cube, layout.REJECTED)
             ids = (context.uid, context.gid)
             like = os.stat_result((found.st_mode, 0, 0, 1, *ids, len(text), 0, 0, 0))
             publish_bytes(self._backing.store, path, text, like=like)
 
-    def _govern(self, cube: str, meta: Meta, base: Meta, context: Context) -> None:
+    def _govern(self, cube: str, changed: Mapping[str, str], context: Context) -> None:
         """Carries out a change of owner, group or mode as ``chown`` and ``chmod`` would."""
-        wanted, seen = meta.get("governance", {}), base.get("governance", {})
-        changed = {
-            name: wanted[name]
-            for name in _GOVERNED
-            if wanted.get(name) is not None and wanted[name] != seen.get(name)
-        }
-        if not changed:
-            return
-        path = layout.join(cube, layout.PAYLOAD)
-        if not self._backing.exists(path):
-            path = cube
+        path = self._holder(cube)
         found = self._backing.status(path)
         if context.uid not in (0, found.st_uid) or (
             context.uid != 0 and changed.keys() != {"mode"}
         ):
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
+            raise self._refuse(cube, "only its owner governs it")
         uid = _user(changed["owner"]) if "owner" in changed else -1
         gid = _group(changed["group"]) if "group" in changed else -1
         if (uid, gid) != (-1, -1):
@@ -164,6 +203,16 @@ def _live(facts: CubeFacts, usage: Usage | None) -> Meta:
                 "bytes": facts.adapter_bytes,
             },
         },
+    }
+
+
+def _governed(meta: Meta, base: Meta) -> dict[str, str]:
+    """Owner, group and mode as far as a header gives them another value than its writer saw."""
+    wanted, seen = meta.get("governance", {}), base.get("governance", {})
+    return {
+        name: wanted[name]
+        for name in _GOVERNED
+        if wanted.get(name) is not None and wanted[name] != seen.get(name)
     }
 
 

@@ -17,6 +17,7 @@ from memfs.errors import InvalidMetadata
 from memfs.filesystem.backing import Backing, is_hidden
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
+from memfs.filesystem.guard import Guard
 from memfs.filesystem.handles import HandleTable
 from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
@@ -38,6 +39,7 @@ class Names:
         headers: Headers,
         link: Link,
         opening: Opening,
+        guard: Guard,
         context: Callable[[], Context],
     ) -> None:
         self._backing = backing
@@ -46,6 +48,7 @@ class Names:
         self._headers = headers
         self._link = link
         self._opening = opening
+        self._guard = guard
         self._context = context
         self._replaced: dict[str, str] = {}
         """Headers that libfuse has just put aside to be replaced, by their path."""
@@ -59,22 +62,22 @@ class Names:
         self._replaced.pop(path, None)
 
     def mkdir(self, path: str, mode: int) -> None:
-        require_free(path)
+        self._require(path)
         self._backing.mkdir(path, mode, self._context())
         self._touch(path)
 
     def mknod(self, path: str, mode: int, device: int) -> None:
-        require_free(path)
+        self._require(path)
         self._backing.mknod(path, mode, device, self._context())
         self._touch(path, written=True)
 
     def symlink(self, path: str, target: str) -> None:
-        require_free(path)
+        self._require(path)
         self._backing.symlink(path, target, self._context())
         self._touch(path)
 
     def link(self, old: str, new: str) -> None:
-        require_free(new)
+        self._require(old, new)  # by another name it could be written
         self._publish(old)
         self._backing.link(old, new)
         self._touch(new, written=True)
@@ -85,7 +88,7 @@ class Names:
                 real = self._backing.elsewhere.pop(path)
             self._backing.unlink(real)
             return
-        require_free(path)
+        self._require(path)
         staged = path in self._backing.elsewhere
         self._handles.unlinked(path)
         try:
@@ -96,7 +99,7 @@ class Names:
         self._touch(path)
 
     def rmdir(self, path: str) -> None:
-        require_free(path)
+        self._require(path)
         self._backing.rmdir(path)
         self._touch(path)
 
@@ -105,8 +108,7 @@ class Names:
         if is_hidden(new):
             self._hide(old, new)
             return
-        require_free(old)
-        require_free(new)
+        self._require(old, new)
         aside = self._replaced.pop(new, None)
         try:
             for path in (old, new) if flags & RENAME_EXCHANGE else (old,):
@@ -130,7 +132,7 @@ class Names:
 
     def _hide(self, path: str, hidden: str) -> None:
         """A file that is open loses its name."""
-        require_free(path)
+        self._require(path)
         if path in self._backing.elsewhere:  # it is being written beside its place
             self._handles.unlinked(path, hidden)
             try:
@@ -211,6 +213,12 @@ class Names:
             self._link.moved(old, new)
         self._touch(old)
         self._touch(new, written=True)
+
+    def _require(self, *paths: str) -> None:
+        """Raises where a name is memfs's own, or a cube is frozen."""
+        for path in paths:
+            require_free(path)
+            self._guard.require_writable(path)
 
     def _publish(self, path: str) -> None:
         """What is still being written beside its place is put there before it gets another."""

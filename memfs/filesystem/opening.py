@@ -14,6 +14,7 @@ from memfs.filesystem.blobs import Blobs
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.control import Control, ControlDirectory
+from memfs.filesystem.guard import Guard
 from memfs.filesystem.handles import (
     Handle,
     HandleTable,
@@ -42,6 +43,7 @@ class Opening:
         headers: Headers,
         blobs: Blobs,
         control: Control,
+        guard: Guard,
         context: Callable[[], Context],
     ) -> None:
         self._backing = backing
@@ -50,6 +52,7 @@ class Opening:
         self._headers = headers
         self._blobs = blobs
         self._control = control
+        self._guard = guard
         self._context = context
 
     def open(self, path: str, flags: int) -> Handle:
@@ -58,6 +61,8 @@ class Opening:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if role is Role.CONTROL:
             return self._control.open(path, flags)
+        if (writing or flags & os.O_TRUNC) and role is not Role.META:
+            self._guard.require_writable(path)  # a header may still say that it is frozen no more
         if writing and role in STAGED:
             handle = self.open_staged(path, role)
             if flags & os.O_TRUNC:
@@ -76,6 +81,8 @@ class Opening:
         """Makes and opens a new file; opens the one that is there, unless it must be new."""
         require_free(path)
         role, cube = layout.classify(path)
+        if role is not Role.META:
+            self._guard.require_writable(path)
         if role in STAGED:
             if self._backing.exists(path):
                 if not flags & os.O_EXCL:
@@ -109,7 +116,7 @@ class Opening:
                 return handle
         context = self._context()
         if role is not Role.META:
-            return Staged(path, self._backing, context, self.written)
+            return Staged(path, self._backing, context, self.written, self._guard.require_writable)
         base: bytes | None = None
         try:
             base = self._headers.shown(layout.split(path)[0])

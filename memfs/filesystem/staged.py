@@ -44,8 +44,17 @@ class Staged(Handle):
     limit: int | None = None
     """The longest it may be."""
 
-    def __init__(self, path: str, backing: Backing, context: Context, published: Published) -> None:
+    def __init__(
+        self,
+        path: str,
+        backing: Backing,
+        context: Context,
+        published: Published,
+        require_writable: Callable[[str], None] | None = None,
+    ) -> None:
+        """``require_writable`` raises where the file may not be published at a path any more."""
         super().__init__(path)
+        self._require_writable = require_writable
         self._backing = backing
         self._context = context
         self._published = published
@@ -161,13 +170,16 @@ class Staged(Handle):
             if shown and hidden is not None and self._temporary is not None:
                 self._backing.elsewhere[hidden] = self._temporary
 
-    def _accept(self, path: str) -> bool:  # noqa: ARG002  what a header needs
+    def _accept(self, path: str) -> bool:
         """Looks at what was written; False where there is nothing to publish after all."""
+        if self._require_writable is not None:
+            self._require_writable(path)
         return True
 
     def _end_empty(self) -> None:
         """If it was emptied when it was opened, and nothing was written, that is how it stays."""
         if self._temporary is not None and self.path is not None and not self._written:
+            self._accept(self.path)
             placed = self._place()
             if placed is not None:
                 self._published(placed)

@@ -25,7 +25,8 @@ from memfs.filesystem.blobs import Blobs
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, creates, likely_creates
 from memfs.filesystem.control import Control, ControlDirectory, MountFacts
-from memfs.filesystem.handles import Handle, HandleTable, OpenDirectory
+from memfs.filesystem.guard import Guard
+from memfs.filesystem.handles import Handle, OpenDirectory
 from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
 from memfs.filesystem.making import Makers
@@ -52,15 +53,15 @@ class Tree:
         context: Callable[[], Context],
     ) -> None:
         """``context`` says who asks for the operation that the calling thread is in."""
-        self.handles = HandleTable()
-        catalogue.being_written = self.handles.is_written
+        self.handles = catalogue.handles
         self._backing = backing
         self._catalogue = catalogue
         self._context = context
-        self._headers = Headers(backing, catalogue)
+        self._guard = Guard(catalogue, context)
+        self._headers = Headers(backing, catalogue, self._guard)
         self._makers = Makers(link, WAITERS)
         reading = Reading(link, catalogue, mount_on_read=mount.mount_on_read)
-        self._blobs = Blobs(backing, catalogue, reading, self._makers, context)
+        self._blobs = Blobs(backing, catalogue, reading, self._makers, self._guard, context)
         self._control = Control(mount, catalogue, link, context)
         self._attributes = CubeAttributes(backing, catalogue, link, context)
         self.opening = Opening(
@@ -70,10 +71,18 @@ class Tree:
             self._headers,
             self._blobs,
             self._control,
+            self._guard,
             context,
         )
         self.names = Names(
-            backing, self.handles, catalogue, self._headers, link, self.opening, context
+            backing,
+            self.handles,
+            catalogue,
+            self._headers,
+            link,
+            self.opening,
+            self._guard,
+            context,
         )
 
     def status(self, path: str) -> Status:
@@ -110,23 +119,23 @@ class Tree:
         return self._backing.readlink(path)
 
     def chmod(self, path: str, mode: int) -> None:
-        self._require_ours(path)
+        self._require_writable(path)
         self._backing.chmod(path, mode)
         self._touch_payload(path)
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         """Changes owner and group; -1 leaves one as it is."""
-        self._require_ours(path)
+        self._require_writable(path)
         self._backing.chown(path, uid, gid)
         self._touch_payload(path)
 
     def utimens(self, path: str, accessed: Time, modified: Time) -> None:
-        self._require_ours(path)
+        self._require_writable(path)
         self._backing.utimens(path, accessed, modified)
 
     def truncate(self, path: str, length: int) -> None:
         """Sets the length of a file by its path."""
-        self._require_ours(path)
+        self._require_writable(path)
         role, _ = layout.classify(path)
         if role in STAGED:
             self._backing.status(path)  # one that could only be made cannot be cut
@@ -155,11 +164,11 @@ class Tree:
         return self._attributes.names(path)
 
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
-        self._require_ours(path)
+        self._require_writable(path)
         self._attributes.set(path, name, value, flags)
 
     def removexattr(self, path: str, name: str) -> None:
-        self._require_ours(path)
+        self._require_writable(path)
         self._attributes.remove(path, name)
 
     def _header_status(self, path: str, cube: str) -> Status:
@@ -183,6 +192,11 @@ class Tree:
     def _require_shown(self, path: str) -> None:
         if is_reserved(path):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    def _require_writable(self, path: str) -> None:
+        """Raises where nothing can be set: also in a frozen cube."""
+        self._require_ours(path)
+        self._guard.require_writable(path)
 
     def _require_ours(self, path: str, number: int = errno.EPERM) -> None:
         """Raises for the control tree, where nothing can be set, and for memfs's own files."""

@@ -74,8 +74,8 @@ def _write(store: Store, index: Index, path: str, facts: CubeFacts, usage: Usage
     name = layout.join(path, layout.META)
     try:
         found = store.stat(name)
-        if facts.meta_sig not in (sig_of(found), sig_of(found).unsettled()):
-            return False  # changed under us: that version is looked at first
+        if facts.frozen or facts.meta_sig not in (sig_of(found), sig_of(found).unsettled()):
+            return False  # frozen, or changed under us: that version is looked at first
         meta = metadata.show(read_meta(store, path), {"behavioural": usage_group(usage)})
         with publishing(store, name, like=found) as (fd, _):
             write_all(fd, metadata.render(meta))

@@ -52,10 +52,12 @@ def earlier(cube: Cube, resident: Resident) -> tuple[KVCache, list[int]] | None:
 def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int:
     """Publishes the file, owned like the text; its bytes.
 
-    Raises KVStale, and publishes nothing, where the text changed meanwhile.
+    Raises, and publishes nothing: KVStale where the text changed meanwhile, NotAllowed where the
+    cube was frozen.
     """
     with publishing(cube.store, cube.kv, like=text.status) as (fd, _):
         size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
         if cube.signature(cube.payload) != text.signature and cube.text().sha256 != text.sha256:
             raise KVStale(f"{cube.path}: the text changed while it was encoded")
+        cube.require_writable()
     return size

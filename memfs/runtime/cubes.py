@@ -14,6 +14,7 @@ from pathlib import Path
 from memfs.cube import layout
 from memfs.cube.access import READ, SEARCH, Caller, allowed
 from memfs.errors import InvalidRequest, NotACube, NotAllowed, NotFound
+from memfs.vault.frozen import Frozen
 from memfs.vault.store import Store
 
 MAX_TEXT = 64 << 20
@@ -76,6 +77,11 @@ class Cube:
             raise NotFound(f"{self.path} has no {name}") from e
         if not allowed(caller, found, READ):
             raise NotAllowed(f"{layout.join(self.path, name)}: you may not read it")
+
+    def require_writable(self) -> None:
+        """Raises NotAllowed where the cube, or one that it lies in, is frozen."""
+        if Frozen(self.store).over(self.path) is not None:
+            raise NotAllowed(f"{self.path} is frozen: no {layout.KV} is made for it")
 
     def text(self) -> Text:
         """The payload, whole. Raises NotACube where there is none."""

@@ -331,6 +331,7 @@ class Service:
         resident = mounted.resident
         if not force and (ready := await self._in_io(cube_kv.ready, cube, resident, text)):
             return {**ready, "event": "done", "path": cube.path, "made": False}
+        await self._in_io(cube.require_writable)
         earlier = None if force else await self._in_io(cube_kv.earlier, cube, resident)
         job = self._worker.submit(prefill(resident, text.text, earlier), Priority.ENCODE)
         try:
