@@ -34,3 +34,12 @@ def read_metadata(fd: int) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except (SafetensorError, UnicodeDecodeError) as e:
         raise AdapterCorrupt(str(e)) from e
+
+
+def is_whole(fd: int) -> bool:
+    """Whether the open file is a safetensors file (an adapter or not) that ends where it says."""
+    try:
+        read_metadata(fd)
+    except AdapterCorrupt:
+        return False
+    return True

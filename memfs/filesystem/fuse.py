@@ -23,6 +23,7 @@ from memfs.errors import MemfsError, MountFailed
 from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
+from memfs.filesystem.staged import Staged
 from memfs.filesystem.tree import WAITERS, Tree
 
 log = logging.getLogger(__name__)
@@ -189,7 +190,9 @@ class _Callbacks(mfusepy.Operations):
         fi.fh = self._handles.add(handle)
 
     def flush(self, path: str | None, fi: Any) -> None:
-        self._handles.get(fi.fh).flush()
+        handle = self._handles.get(fi.fh)
+        if not isinstance(handle, Staged) or handle.is_closed_by(fi.lock_owner):
+            handle.flush()
 
     def fsync(self, path: str | None, datasync: int, fi: Any) -> None:
         self._handles.get(fi.fh).fsync(data_only=bool(datasync))
@@ -297,6 +300,8 @@ class _Session(mfusepy.FUSE):
 
     def write(self, raw: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
         handle = self._tree.handles.get(info.contents.fh)
+        if isinstance(handle, Staged):
+            handle.written_by(info.contents.lock_owner)
         return handle.write(_memory(buffer, size), offset)
 
     def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> int:

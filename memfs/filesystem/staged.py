@@ -7,9 +7,13 @@ file. Until then the mount shows the temporary file under the path, so that ``fc
 ``futimens`` before the close reach it.
 
 Every close of every duplicate of the descriptor is told of, and which is the last is not known: a
-shell closes one before the program that it starts has written anything. So a file that was emptied
-and nothing else is left alone until the last one is gone, and one that was refused goes on with
-what it has.
+shell closes one before the program that it starts has written anything, and a program that starts
+another one closes the other's. So the closes of a process that has not written are no ends, a file
+that was emptied and nothing else is left alone until the last one is gone, and one that was refused
+goes on with what it has.
+
+An ``fsync`` of what is a whole safetensors file puts it into place too: flushed is kept. What is
+half written is only flushed, and gone after a crash.
 
 Programs that have the file open for writing at once share one ``Staged``. Any thread; each holds a
 lock of its own while it writes, so two writes never both start a copy.
@@ -19,18 +23,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import stat
 import threading
 from collections.abc import Callable
 
-from memfs.cube import layout
+from memfs.cube import adapter, layout
+from memfs.errors import MemfsError
 from memfs.filesystem import syscalls
 from memfs.filesystem.attributes import Status
 from memfs.filesystem.backing import Backing, give
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
+
+log = logging.getLogger(__name__)
 
 Published = Callable[[str], None]
 """Is told the path of a file that now stands in its place."""
@@ -64,6 +72,7 @@ class Staged(Handle):
         self._temporary: str | None = None  # its path in the store while it stands beside
         self._written = False  # since it was emptied, or published
         self._refused: Exception | None = None  # why the present content was not taken
+        self._writers: set[int] = set()  # the processes that wrote since, as the kernel calls them
 
     def share(self) -> bool:
         """One more program opens it; False where the last one is just closing it."""
@@ -71,6 +80,14 @@ class Staged(Handle):
             if self._users:
                 self._users += 1
             return self._users > 0
+
+    def written_by(self, owner: int) -> None:
+        """A process is about to write; threads of one are one owner, a child is another."""
+        self._writers.add(owner)
+
+    def is_closed_by(self, owner: int) -> bool:
+        """Whether a close by this process may be the end of what was written."""
+        return not self._writers or owner in self._writers
 
     def begin(self, mode: int | None = None) -> None:
         """Starts from nothing; with a ``mode``, as a new file of the caller's."""
@@ -138,17 +155,24 @@ class Staged(Handle):
             self._end_empty()
 
     def fsync(self, *, data_only: bool) -> None:  # noqa: ARG002
-        """To the disk, not into place: a program may flush what it has only half written."""
+        """To the disk, and into place where it is whole: a program may flush half a file."""
         with self._lock:
             if self._fd >= 0:
                 os.fsync(self._fd)
+            whole = self._temporary is not None and adapter.is_whole(self._fd)
+        if whole:
+            self.flush()
 
     def release(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users:
                 return
-            self._end_empty()
+            try:
+                self.flush()  # where no close was told of: a file served on by NFS
+                self._end_empty()
+            except (OSError, MemfsError) as e:
+                log.warning("%s was not put into place: %s", self.path, e)
             self._discard()
             if self._fd >= 0:
                 os.close(self._fd)
@@ -286,6 +310,7 @@ class Staged(Handle):
             self._withdraw()
             self._backing.rename(temporary, path)
             self._temporary, self._written = None, False
+            self._writers.clear()
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             directory = self._backing.store.open_dir(layout.split(path)[0])
         try:

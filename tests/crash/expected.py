@@ -30,6 +30,8 @@ class Change:
         """Whether a path may hold this when it was cut short."""
         if found == before or found == self.made(before):
             return True
+        if self.kind == "title" and before is None:
+            return found is not None  # a new cube has the title that memfs gave it
         if found is None or self.kind not in ("append", "rewrite"):
             return False
         whole = self.made(before) or b""
