@@ -35,7 +35,11 @@ from .load import ROLES
 MEMFS = [sys.executable, "-m", "memfs.cli.main"]
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60.0
-KILLS = {"mount": ("mount",), "runtime": ("runtime",), "both": ("mount", "runtime", "both")}
+KILLS = {
+    "mount": ("mount",),
+    "runtime": ("runtime",),
+    "both": ("mount", "mount", "mount", "mount", "runtime", "both"),  # a runtime starts slowly
+}
 
 
 class Violation(AssertionError):
