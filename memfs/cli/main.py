@@ -27,6 +27,8 @@ COMMANDS = {
     "attach": "put a cube into the model by name",
     "detach": "take a cube out of the model",
     "fsck": "check everything a store holds, and repair it",
+    "dump": "write cubes into an archive",
+    "load": "load cubes from an archive",
     "index": "check or rebuild the index of a store, or search it",
     "runtime": "start, stop or prepare the resident model",
     "bench": "measure memfs on this machine",

@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from memfs.cli import output
 from memfs.config import Config
 from memfs.cube import layout
-from memfs.errors import NotACube, RuntimeUnavailable
+from memfs.errors import NotACube, NotFound, RuntimeUnavailable
 from memfs.filesystem import registry
 from memfs.runtime.client import RuntimeClient, connect
+from memfs.vault.store import Store
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,16 @@ class Target:
     def named(self) -> dict[str, Any]:
         """As the protocol names a cube."""
         return {"store": self.store, "path": self.path}
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A directory that cubes can be put into."""
+
+    store: str
+    path: str
+    mountpoint: str | None
+    """Where the store is mounted."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +82,31 @@ def cube(given: str) -> Target:
         if candidate and _is_cube(os.path.join(root, candidate)):
             return Target(given, root, candidate, model)
     raise NotACube(shown)
+
+
+def collection(given: str | None) -> Collection:
+    """The directory at a path in a mount or a store; without one the current, or the only mount.
+
+    Raises NotFound.
+    """
+    place = registry.find(given or ".")
+    if place is not None:
+        record, path = place
+        return Collection(record.store, path, record.mountpoint)
+    try:
+        root, path = _in_a_store(os.path.join(given or ".", "cube"))
+    except NotACube:
+        mounts = registry.running()
+        if given is None and len(mounts) == 1:
+            return Collection(mounts[0].store, "", mounts[0].mountpoint)
+        raise NotFound(f"{given or 'this directory'} is in no mount and no store") from None
+    return Collection(root, layout.split(path)[0], None)
+
+
+def open_store(root: str) -> Store:
+    """A store as its files are to be read and written: through its mount, where it has one."""
+    mountpoint = next((r.mountpoint for r in registry.running() if r.store == root), root)
+    return Store.open(Path(mountpoint), create_control=mountpoint == root)
 
 
 def _in_a_mount(given: str) -> tuple[registry.MountRecord, str] | None:

@@ -20,21 +20,21 @@ _KEPT = {
     "governance": ("expires", "priority", "sensitivity", "licence", "watermark"),
     "state": ("lifecycle", "frozen"),
 }
-_FOUND = ("payload", "kv", "adapter")
-_OWNED = ("owner", "group", "mode")
+_SHOWN = {"governance": ("owner", "group", "mode"), "behavioural": ("fingerprint",)}
 
 
 def carried(meta: Meta) -> Meta:
     """A header as an archive has it: without what is only found where the cube is.
 
-    The states of the memories depend on the model that is there, and owner, group and mode are the
-    files' own.
+    The states of the memories depend on the model that is there, owner, group and mode are the
+    files' own, and the contextual fingerprint is the KV cache's.
     """
     found = copy.deepcopy(meta)
-    for name in _FOUND:
+    for name in ("payload", "kv", "adapter"):
         found.get("state", {}).pop(name, None)
-    governance = found.get("governance", {})
-    governance.update({name: None for name in _OWNED if name in governance})
+    for group, names in _SHOWN.items():
+        given = found.get(group, {})
+        given.update({name: None for name in names if name in given})
     return found
 
 

@@ -203,6 +203,9 @@ class Names:
             self._handles.moved(before, after)
 
     def _tell(self, old: str, new: str, flags: int) -> None:
+        if layout.is_temporary(old):  # a cube that was put together aside has its place
+            self._catalogue.touch(new, by=self._context())
+            return
         if flags & RENAME_EXCHANGE:
             for path in (old, new):
                 self._touch(path, written=True)

@@ -68,12 +68,12 @@ class Checked:
     signature: bytes | None
 
 
-def check(fd: int, progress: Callable[[int, int], None] = lambda *_: None) -> Checked:
+def check(fd: int, progress: Callable[[int], None] = lambda _: None) -> Checked:
     """Reads an archive through, and says what is in it.
 
     Args:
         fd: of an ordinary file, at any position.
-        progress: told of the bytes read, and of all there are.
+        progress: told how far it is, in bytes.
 
     Raises:
         BadArchive: naming what is wrong.
@@ -84,7 +84,7 @@ def check(fd: int, progress: Callable[[int, int], None] = lambda *_: None) -> Ch
 class _Walk:
     """One way through an archive, from its first byte to its last."""
 
-    def __init__(self, fd: int, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, fd: int, progress: Callable[[int], None]) -> None:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise BadArchive("it is not a regular file")
@@ -166,7 +166,7 @@ class _Walk:
         for start in range(0, entry.size, CHUNK):
             part = self._read(min(CHUNK, entry.size - start), at=self._offset + start)
             digest.update(part)
-            self._progress(self._offset + start + len(part), self._size)
+            self._progress(self._offset + start + len(part))
         if digest.hexdigest() != sha256:
             raise BadArchive(f"{_shown(path)} is not what {SUMS} says")
         if is_header:

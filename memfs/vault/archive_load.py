@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memfs.cube import layout
-from memfs.errors import BadArchive, InvalidMetadata, InvalidRequest, NotAllowed, NotFound
+from memfs.errors import BadArchive, InvalidRequest, NotAllowed, NotFound
 from memfs.vault.archive import PackedCube, wrong_with
 from memfs.vault.archive_check import CHUNK, Checked, File
-from memfs.vault.identity import read_meta
+from memfs.vault.frozen import Frozen
 from memfs.vault.publish import write_all
 from memfs.vault.rename import RENAME_EXCHANGE, renameat2
 from memfs.vault.store import Store
@@ -72,6 +72,9 @@ def plan(
     for cube in cubes:
         path = layout.join(below, name or cube.path)
         _require_way(store, path)
+        frozen = Frozen(store).over(path)
+        if frozen is not None:
+            raise NotAllowed(f"{frozen} is frozen")
         found = _status(store, path)
         if found is not None:
             if not force:
@@ -244,7 +247,7 @@ def _require_collection(store: Store, path: str) -> None:
 
 
 def _require_replaceable(store: Store, path: str, found: os.stat_result) -> None:
-    """It is a cube and nothing more, and may be changed."""
+    """It is a cube and nothing more."""
     if not stat.S_ISDIR(found.st_mode):
         raise NotAllowed(f"{path} is not a cube, and is not replaced")
     below = {top: layout.is_cube(names) for top, names in store.walk(path)}
@@ -253,12 +256,6 @@ def _require_replaceable(store: Store, path: str, found: os.stat_result) -> None
     inside = [top for top, is_cube in below.items() if is_cube]
     if inside:
         raise NotAllowed(f"{path} is not replaced: another cube is in it, {inside[0]}")
-    try:
-        frozen = read_meta(store, path).get("state", {}).get("frozen")
-    except (FileNotFoundError, InvalidMetadata, NotAllowed):
-        frozen = False
-    if frozen:
-        raise NotAllowed(f"{path} is frozen, and is not replaced")
 
 
 def _status(store: Store, path: str) -> os.stat_result | None:

@@ -46,6 +46,8 @@ class Frozen:
 
     def cube(self, path: str) -> bool:
         """Whether there is a frozen cube at ``path``."""
+        if layout.is_temporary(path):
+            return False  # it is put together there, and no cube as yet
         name = f"{path}/{layout.META}"
         try:
             # Not walked component by component, as nothing is opened: a symlink that somebody puts

@@ -253,6 +253,8 @@ class _Notifier(InotifyFD):
         """Watches one directory. An error leaves out that directory alone, but for the root."""
         if path == self._control or path.startswith(self._control + b"/"):
             raise FileNotFoundError(errno.ENOENT, "memfs's own", path)  # the index writes there
+        if layout.is_temporary(os.fsdecode(path)):
+            raise FileNotFoundError(errno.ENOENT, "not published yet", path)
         if self._stopping():
             raise InterruptedError(errno.EINTR, "stopping", path)  # the rest need not be watched
         try:
@@ -276,8 +278,12 @@ class _Notifier(InotifyFD):
 
     def handle_event(self, event: InotifyEvent) -> None:
         """One event of the queue."""
-        super().handle_event(event)
-        if event.is_queue_overflow:
+        lost = event.is_queue_overflow
+        try:
+            super().handle_event(event)
+        except KeyError:
+            lost = True  # of two directories that were exchanged, watchdog has lost track of one
+        if lost:
             self._on_overflow()  # after watchdog has watched what was made meanwhile
 
 
