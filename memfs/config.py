@@ -37,6 +37,8 @@ class Config:
     """CPU threads of the model; 0 takes what the process may use."""
     budget_bytes: int = 4 << 30
     """Bytes of mounted KV caches the runtime may hold."""
+    versions_budget_bytes: int = 10 << 30
+    """Bytes that earlier versions of a store's cubes may take on its disk; 0 makes none."""
     autostart: bool = True
     """Whether a read or a question starts the runtime when none is running."""
     mount_on_read: bool = True

@@ -138,6 +138,10 @@ class IndexDamaged(MemfsError):
     """the index is damaged"""
 
 
+class VersionDamaged(MemfsError):
+    """the version is damaged"""
+
+
 class Interrupted(MemfsError):
     """interrupted"""
 

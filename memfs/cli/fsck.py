@@ -16,7 +16,7 @@ from memfs.cube import layout
 from memfs.errors import MemfsError, MountFailed, NotAllowed
 from memfs.filesystem import registry
 from memfs.index.problems import IndexCheck
-from memfs.vault import trail
+from memfs.vault import trail, versions, versions_check
 from memfs.vault.check import FileCheck, unreadable
 from memfs.vault.facts import inspect
 from memfs.vault.lock import lock
@@ -43,7 +43,7 @@ exit status: 0 nothing is wrong, or all was mended; 1 problems remain; 9 the sto
 
 SETTLE_S = 2.5
 """A change through or beside a mount is finished and in its index after so long."""
-_ORDER = ("files", "metadata", "digests", "trail", "index")
+_ORDER = ("files", "metadata", "digests", "trail", "versions", "index")
 """In which areas are mended: the index last, from files that are right by then."""
 
 
@@ -138,6 +138,7 @@ class _Check:
         found += [problem for path in sorted(by_cube) for problem in by_cube[path]]
         found += self._files.copies()
         found += self._trail()
+        found += self._versions()
         found += self._index.whole()
         return sorted(found, key=lambda problem: _ORDER.index(problem.area))
 
@@ -146,6 +147,15 @@ class _Check:
             return list(trail.problems(self._store))
         except (OSError, NotAllowed) as e:
             return [unreadable(trail.TRAIL, e)]
+
+    def _versions(self) -> list[Problem]:
+        def progress(count: int) -> None:
+            self._progress.update(f"{output.number(count)} versions")
+
+        try:
+            return list(versions_check.problems(self._store, live=self._live, progress=progress))
+        except (OSError, NotAllowed) as e:
+            return [unreadable(versions.ROOT, e)]
 
     def _look(self, path: str) -> list[Problem]:
         """What is wrong with one cube."""

@@ -20,6 +20,8 @@ REJECTED = "meta.json.rejected"
 CONTROL = ".memfs"
 """At the store's root: memfs's own directory on disk; through a mount, the control tree."""
 
+VERSIONS = ".versions"
+"""In a cube: its earlier versions, never listed, always openable; no directory of the store."""
 TEMPORARY = ".memfs-tmp-"
 """Start of the names of files and directories that are being published."""
 INCOMING = TEMPORARY + "load-"
@@ -34,9 +36,19 @@ class Role(Enum):
     PAYLOAD = "payload"
     KV = "kv"
     ADAPTER_WEIGHTS = "adapter"
+    ADAPTER_CONFIG = "adapter config"
     META = "meta"
     CONTROL = "control"
+    VERSIONS = "versions"
+    """At or below ``VERSIONS``, whatever it is called there."""
     OTHER = "other"
+
+
+_BELOW = f"/{VERSIONS}/"
+_ADAPTER_ROLES = {
+    ADAPTER_WEIGHTS: Role.ADAPTER_WEIGHTS,
+    ADAPTER_CONFIG: Role.ADAPTER_CONFIG,
+}
 
 
 def split(path: str) -> tuple[str, str]:
@@ -68,6 +80,10 @@ def classify(path: str) -> tuple[Role, str]:
     """
     if path == CONTROL or path.startswith(CONTROL + "/"):
         return Role.CONTROL, ""
+    if VERSIONS in path:
+        cube, found, _ = (path + "/").partition(_BELOW)
+        if found:
+            return Role.VERSIONS, cube
     parent, name = split(path)
     if not parent or is_temporary(parent):
         return Role.OTHER, ""
@@ -77,8 +93,8 @@ def classify(path: str) -> tuple[Role, str]:
         return Role.KV, parent
     if name == META:
         return Role.META, parent
-    if name == ADAPTER_WEIGHTS:
+    if name in _ADAPTER_ROLES:
         cube, holder = split(parent)
         if holder == ADAPTER and cube:
-            return Role.ADAPTER_WEIGHTS, cube
+            return _ADAPTER_ROLES[name], cube
     return Role.OTHER, ""

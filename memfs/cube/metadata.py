@@ -30,6 +30,14 @@ MAX_DEPTH = 32
 """Objects and lists within each other: no walk over a header can then recurse too deep."""
 
 
+LIVE = {
+    "governance": ("owner", "group", "mode"),
+    "behavioural": ("reads", "questions", "last_used", "versions", "fingerprint"),
+    "state": ("payload", "kv", "adapter"),
+}
+"""What memfs finds or counts and shows in each group: a writer of a header does not set it."""
+
+
 def schema() -> dict[str, Any]:
     """The published JSON Schema (draft 7) of meta.json."""
     text = files("memfs.cube").joinpath("meta.schema.json").read_text("utf-8")
@@ -131,6 +139,16 @@ def show(stored: Meta, live: Meta) -> Meta:
     shown = copy.deepcopy(stored)
     _lay_over(shown, live)
     return shown
+
+
+def user_set(meta: Meta) -> Meta:
+    """What people have set in a header: it without the live parts."""
+    return {
+        name: {key: value for key, value in group.items() if key not in LIVE[name]}
+        if name in LIVE and isinstance(group, dict)
+        else group
+        for name, group in meta.items()
+    }
 
 
 def as_copy(meta: Meta) -> Meta:

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from memfs.config import Config
 from memfs.cube import layout
 from memfs.errors import IndexDamaged, NotAllowed
 from memfs.filesystem import audit
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import HandleTable
+from memfs.filesystem.historian import Historian
 from memfs.filesystem.keeper import IndexKeeper, Model
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect
@@ -42,12 +44,23 @@ _TICK_NS = 20_000_000
 class Catalogue:
     """The cubes of one store."""
 
-    def __init__(self, store: Store, changed: Callable[[str], None]) -> None:
-        """``changed`` is told the path of a cube whose memories changed; it must not wait."""
+    def __init__(
+        self,
+        store: Store,
+        changed: Callable[[str], None],
+        versions_budget: int = Config.versions_budget_bytes,
+    ) -> None:
+        """Nothing happens yet.
+
+        Args:
+            changed: is told the path of a cube whose memories changed; it must not wait.
+            versions_budget: see ``Historian``.
+        """
         self.store = store
-        self.keeper = IndexKeeper(store, self._on_change)
+        self.keeper = IndexKeeper(store, self._on_change, self._on_scan)
         self.handles = HandleTable()
         """The open files of the mount: they tell who is writing, and hear of a cube that froze."""
+        self.history = Historian(store, self.keeper, versions_budget)
         self._changed = changed
         self._trail: Trail | None = None
         self._untold: dict[str, CubeFacts | None] = {}
@@ -59,7 +72,7 @@ class Catalogue:
         """The headers that memfs gave to new cubes, as they then were, and when that was."""
 
     def start(self) -> None:
-        """Opens the audit trail, and the index behind it. After this process was forked."""
+        """Opens the audit trail, and behind it the index and the versions. After the fork."""
         if self.store.writable:
             from memfs.vault.trail_writer import Trail
 
@@ -68,9 +81,11 @@ class Catalogue:
             except (OSError, NotAllowed) as e:
                 log.error("there is no audit trail: %s", e)
         self.keeper.start()
+        self.history.start()
 
     def stop(self) -> None:
-        """Closes both."""
+        """Closes them all."""
+        self.history.stop()  # it asks the index
         self.keeper.stop()
         trail, self._trail = self._trail, None
         if trail is not None:
@@ -115,6 +130,7 @@ class Catalogue:
                 self._note_adoption(path, before, after, now)
             if _is_unread(after):
                 self.keeper.later(path)
+        self.history.changed(path, before, after)
         if matters:
             self._changed(path)
 
@@ -131,6 +147,7 @@ class Catalogue:
             self.log(event | audit.actor(by))
         else:
             self.keeper.later_below(new)
+        self.history.moved(new)
 
     def is_fresh(self, path: str, sig: Sig) -> bool:
         """Whether the cube's meta.json is the one that memfs gave it lately, untouched since."""
@@ -249,6 +266,9 @@ class Catalogue:
         """A change was seen that no operation told of: beside the mount, or halfway through one."""
         path = change.path
         self._recent.pop(path, None)
+        self.history.changed(path, change.before, change.after)
+        if not change.matters:
+            return
         self._freeze(change.before, change.after, path)
         if path in self._early:
             self._early.discard(path)
@@ -257,6 +277,9 @@ class Catalogue:
         elif change.before is not None or self.keeper.ask(_is_complete, False):
             self._tell(path, self._untold.pop(path, change.before), change.after, None)
         self._changed(change.path)
+
+    def _on_scan(self) -> None:
+        self.history.compare_all()
 
     def _is_small(self, path: str) -> bool:
         """Whether the cube's KV cache, where there is one, may be checked while somebody waits."""

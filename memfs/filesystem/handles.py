@@ -112,7 +112,7 @@ class OpenFile(Handle):
 
 
 class OpenPayload(OpenFile):
-    """The text of a cube: passed through, and whoever closes it after a write is told of it first.
+    """The text of a cube, or its adapter's configuration: passed through, but its close is heard.
 
     ``changed`` is called with the path at every close, and at every ``fsync``, that follows a
     write, before the closing program goes on.

@@ -31,9 +31,7 @@ from memfs.vault import identity
 from memfs.vault.facts import CubeFacts
 from memfs.vault.publish import publish_bytes
 
-_GOVERNED = ("owner", "group", "mode")
-_COUNTED = ("reads", "questions", "last_used", "versions", "fingerprint")
-_FOUND = ("payload", "kv", "adapter")
+_GOVERNED = metadata.LIVE["governance"]
 
 _KEPT = 2048
 """Rendered headers remembered: ``ls -l`` needs each one's length, and opening it the rest."""
@@ -85,15 +83,14 @@ class Headers:
                 raise self._refuse(cube, "frozen")
             # A cube that arrives keeps the counters it brings. Frozen it would be half there: the
             # files of a copy come one by one.
-            _take(meta, {}, "state", _FOUND)
+            _take(meta, {}, "state")
             meta["state"]["frozen"] = False
             return metadata.render(meta)
         if base is None and (known := self._rendered.get(cube)):
             base = known[2]
         governed = {} if base is None else _governed(meta, metadata.parse(base))
-        _take(meta, old, "governance", _GOVERNED)
-        _take(meta, old, "behavioural", _COUNTED)
-        _take(meta, old, "state", _FOUND)
+        for group in metadata.LIVE:
+            _take(meta, old, group)
         if self._guard.is_frozen(cube):
             self._require_thaw(cube, meta, old, context, governed=bool(governed))
         elif meta["state"].get("frozen"):
@@ -216,10 +213,10 @@ def _governed(meta: Meta, base: Meta) -> dict[str, str]:
     }
 
 
-def _take(meta: Meta, old: Meta, group: str, names: tuple[str, ...]) -> None:
-    """Makes a group of ``meta`` say under these names what ``old`` says, or nothing."""
+def _take(meta: Meta, old: Meta, group: str) -> None:
+    """Makes the live parts of a group of ``meta`` say what ``old`` says, or nothing."""
     stored, wanted = old.get(group, {}), meta.setdefault(group, {})
-    for name in names:
+    for name in metadata.LIVE[group]:
         if name in stored:
             wanted[name] = stored[name]
         else:

@@ -35,8 +35,15 @@ Model = Mapping[str, str] | None
 class IndexKeeper:
     """Holds the index of one store, from soon after ``start`` until ``stop``."""
 
-    def __init__(self, store: Store, on_change: Callable[[Change], None]) -> None:
-        """``on_change`` is told of every cube that was found changed; it must not wait."""
+    def __init__(
+        self, store: Store, on_change: Callable[[Change], None], on_scan: Callable[[], None]
+    ) -> None:
+        """Nothing happens yet.
+
+        Args:
+            on_change: is told of every cube that was found changed, or written; it must not wait.
+            on_scan: called where every cube was looked at, so that the index knows them all.
+        """
         self.store = store
         self.index: Index | None = None
         self.reason = "it is being opened"
@@ -44,6 +51,7 @@ class IndexKeeper:
         self.model: Model = None
         """The model's part of the fingerprint, as last known."""
         self._on_change = on_change
+        self._on_scan = on_scan
         self._early: set[str] = set()
         self._pending: set[str] = set()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -161,7 +169,7 @@ class IndexKeeper:
         from memfs.index.refresh import rescan
 
         if self.index is not None:
-            rescan(
+            scan = rescan(
                 self.store,
                 self.index,
                 self.model,
@@ -170,6 +178,8 @@ class IndexKeeper:
                 stop=lambda: self._stopping,
                 progress=_breathe,
             )
+            if scan.complete:
+                self._on_scan()
 
     def _rebuild(self) -> None:
         from memfs.index.rebuild import rebuild
@@ -187,7 +197,7 @@ class IndexKeeper:
         self._pending.discard(path)
         if self.index is not None:
             change = refresh(self.store, self.index, path, self.model)
-            if change.matters:
+            if change.wrote:
                 self._on_change(change)
 
     def _refresh_below(self, path: str) -> None:

@@ -31,6 +31,9 @@ from memfs.vault.sig import Sig, sig_of
 STAGED = (Role.META, Role.KV, Role.ADAPTER_WEIGHTS)
 """Files that are never changed in place."""
 
+_TOLD_OF = (Role.PAYLOAD, Role.ADAPTER_CONFIG)
+"""Files that are passed through, and the cube is looked at when they were written."""
+
 
 class Opening:
     """What ``open``, ``create`` and ``opendir`` do."""
@@ -73,7 +76,7 @@ class Opening:
         if role in STAGED:
             return self._blobs.open(path, role, cube, flags)
         fd = self._backing.open(path, flags)
-        if writing and role is Role.PAYLOAD:
+        if writing and role in _TOLD_OF:
             return OpenPayload(path, fd, self.written, dirty=bool(flags & os.O_TRUNC))
         return OpenFile(path, fd)
 
@@ -99,7 +102,7 @@ class Opening:
             if flags & os.O_EXCL:
                 raise
             return self.open(path, flags)
-        if role is Role.PAYLOAD:
+        if role in _TOLD_OF:
             return OpenPayload(path, fd, self.written, dirty=True)
         return OpenFile(path, fd)
 

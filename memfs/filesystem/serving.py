@@ -43,7 +43,7 @@ class Server:
     def __init__(self, store: Store, record: MountRecord, config: Config) -> None:
         self._store = store
         self._mountpoint = record.mountpoint
-        self._catalogue = Catalogue(store, self._cube_changed)
+        self._catalogue = Catalogue(store, self._cube_changed, config.versions_budget_bytes)
         self._link = Link(config, str(store.root), self)
         facts = MountFacts(record.store, record.mountpoint, config.mount_on_read)
         self._tree = Tree(facts, Backing(store), self._catalogue, self._link, fuse.context)

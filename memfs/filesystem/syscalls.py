@@ -1,7 +1,7 @@
 """System calls that Python does not offer as they are. Used by ``backing``; any thread.
 
 ``os.utime`` cannot leave one time alone or take the kernel's own clock, ``posix_fallocate`` has no
-mode. (Renaming with flags is in ``memfs.vault.rename``.)
+mode, and there is no ``os.syncfs``. (Renaming with flags is in ``memfs.vault.rename``.)
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def utimensat(directory: int, name: str, accessed: Time, modified: Time) -> None
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Reserves, punches or zeroes space of an open file, as ``mode`` says."""
     _check(_fallocate(fd, mode, offset, length), "")
+
+
+def syncfs(fd: int) -> None:
+    """Flushes the whole filesystem that a file lies on."""
+    _check(_libc.syncfs(fd), "")
 
 
 def _check(result: Any, name: str) -> None:

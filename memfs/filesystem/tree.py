@@ -147,7 +147,7 @@ class Tree:
                 handle.release()
             return
         self._backing.truncate(path, length)
-        if role is Role.PAYLOAD:
+        if role in (Role.PAYLOAD, Role.ADAPTER_CONFIG):
             self.opening.written(path)
 
     def statfs(self) -> os.statvfs_result:

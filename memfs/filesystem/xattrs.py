@@ -19,6 +19,9 @@ from memfs.filesystem.link import Link
 from memfs.vault.facts import CubeFacts
 
 PREFIX = "user.memfs."
+_SPECIAL = frozenset(
+    {layout.Role.PAYLOAD, layout.Role.KV, layout.Role.ADAPTER_WEIGHTS, layout.Role.META}
+)
 _LIVE = ("reads", "questions", "last_used", "mounted")
 
 
@@ -84,7 +87,7 @@ class CubeAttributes:
 def _cube_of(path: str) -> str:
     """The cube whose facts a path shows: that of a special file, else the path itself."""
     role, cube = layout.classify(path)
-    return path if role in (layout.Role.OTHER, layout.Role.CONTROL) else cube
+    return cube if role in _SPECIAL else path
 
 
 def _portable(facts: CubeFacts) -> dict[str, str]:

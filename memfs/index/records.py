@@ -30,7 +30,7 @@ import xxhash
 from memfs.errors import IndexDamaged
 from memfs.vault.facts import CubeFacts
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a key, a value or a field of CubeFacts changes its meaning: an index of another
 format is made again."""
 

@@ -11,7 +11,7 @@ import contextlib
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from memfs.cube import layout
@@ -20,6 +20,7 @@ from memfs.index.lmdb_index import Index
 from memfs.vault.facts import CubeFacts, inspect
 from memfs.vault.identity import adopt
 from memfs.vault.publish import remove_leftover
+from memfs.vault.sig import Sig
 from memfs.vault.store import Store
 
 Model = Mapping[str, str] | None
@@ -31,7 +32,9 @@ COMPLETE = "complete"
 _BUSY: set[tuple[int, str]] = set()
 _FREE = threading.Condition()
 
-_NO_SIGS: dict[str, Any] = dict.fromkeys(("meta_sig", "payload_sig", "kv_sig", "adapter_sig"))
+_NO_SIGS: dict[str, Any] = {
+    field.name: None for field in fields(CubeFacts) if field.name.endswith("_sig")
+}
 
 
 class Change(NamedTuple):
@@ -49,6 +52,15 @@ class Change(NamedTuple):
         if self.before == self.after:
             return False
         return replace(self.before, **_NO_SIGS) != replace(self.after, **_NO_SIGS)
+
+    @property
+    def wrote(self) -> bool:
+        """Whether that is so, or a file was written without changing what is known of it."""
+        if self.matters or self.before is None or self.after is None:
+            return self.matters
+        return any(
+            _content(getattr(self.before, n)) != _content(getattr(self.after, n)) for n in _NO_SIGS
+        )
 
 
 OnChange = Callable[[Change], None]
@@ -117,7 +129,7 @@ def refresh_all(
     # What is gone first: a cube that was moved is then known at its new path alone.
     for path in [*sorted(gone), *sorted(there)]:
         change = refresh(store, index, path, model)
-        if on_change and change.matters:
+        if on_change and change.wrote:
             on_change(change)
 
 
@@ -245,6 +257,11 @@ def _header_time(store: Store, path: str) -> int:
         return 0
 
 
+def _content(sig: Sig | None) -> Sig | None:
+    """What of a Sig a change of owner or mode leaves as it is."""
+    return sig.unsettled() if sig else None
+
+
 def _is_written(before: CubeFacts | None, after: CubeFacts) -> bool:
     """Whether the cube is new or its text was written, by the file's times rather than its Sig."""
     if before is None or before.payload_sig is None or after.payload_sig is None:
@@ -263,7 +280,7 @@ def _count(scan: Scan, change: Change, on_change: OnChange | None) -> None:
     scan.added += before is None and after is not None
     scan.removed += before is not None and after is None
     scan.changed += before is not None and after is not None and change.matters
-    if on_change and change.matters:
+    if on_change and change.wrote:
         on_change(change)
 
 

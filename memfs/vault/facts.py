@@ -87,6 +87,8 @@ class CubeFacts:
     adapter_reason: str | None = None
     adapter_bytes: int = 0
     adapter_sig: Sig | None = None
+    """Of its weights."""
+    adapter_config_sig: Sig | None = None
     adapter_payload_sha256: str | None = None
     """The text that it was trained on, where its file says so."""
 
@@ -110,7 +112,7 @@ class CubeFacts:
 
 
 _FIELDS = dataclasses.fields(CubeFacts)
-_SIGS = frozenset({"meta_sig", "payload_sig", "kv_sig", "adapter_sig"})
+_SIGS = frozenset(f.name for f in _FIELDS if f.name.endswith("_sig"))
 _DEFAULTS = {f.name: f.default for f in _FIELDS}
 _NAMES = tuple(_DEFAULTS)
 # The fields that one file fills, as they are where that file is missing.
@@ -328,12 +330,16 @@ def _read_kv(
 
 def _read_adapter(directory: int, found: os.stat_result | None, facts: CubeFacts) -> CubeFacts:
     """The adapter's weights; what its configuration says is judged where it is mounted."""
-    weights = None
+    weights = config = None
     if found is not None and stat.S_ISDIR(found.st_mode):
         weights = _status(directory, f"{layout.ADAPTER}/{layout.ADAPTER_WEIGHTS}")
+        config = _status(directory, f"{layout.ADAPTER}/{layout.ADAPTER_CONFIG}")
+    if not _unchanged(facts.adapter_config_sig, config):
+        sig = settled_sig(config) if config else None
+        facts = replace(facts, adapter_config_sig=sig)
     if _unchanged(facts.adapter_sig, weights):
         return facts
-    facts = replace(facts, **_NO_ADAPTER)
+    facts = replace(facts, **_NO_ADAPTER | {"adapter_config_sig": facts.adapter_config_sig})
     if weights is None:
         return facts
     sig = sig_of(weights)

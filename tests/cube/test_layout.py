@@ -19,7 +19,8 @@ NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1)
         ("a/b/law/kv.safetensors", Role.KV, "a/b/law"),
         ("law/meta.json", Role.META, "law"),
         ("law/adapter/adapter_model.safetensors", Role.ADAPTER_WEIGHTS, "law"),
-        ("law/adapter/adapter_config.json", Role.OTHER, ""),
+        ("law/adapter/adapter_config.json", Role.ADAPTER_CONFIG, "law"),
+        ("law/adapter/README.md", Role.OTHER, ""),
         ("law/adapter_model.safetensors", Role.OTHER, ""),
         ("adapter/adapter_model.safetensors", Role.OTHER, ""),
         ("law/meta.json.rejected", Role.OTHER, ""),
@@ -31,6 +32,11 @@ NAMES = st.text(st.characters(exclude_characters="/\0"), min_size=1)
         (".memfs/mounted/law/payload.md", Role.CONTROL, ""),
         (".memfs2/payload.md", Role.PAYLOAD, ".memfs2"),
         ("law/.memfs/payload.md", Role.PAYLOAD, "law/.memfs"),
+        ("law/.versions", Role.VERSIONS, "law"),
+        ("work/law/.versions/2026/payload.md", Role.VERSIONS, "work/law"),
+        ("law/.versions.d/x/.versions", Role.VERSIONS, "law/.versions.d/x"),
+        ("law/.versions.d/payload.md", Role.PAYLOAD, "law/.versions.d"),
+        (".versions", Role.OTHER, ""),
     ],
 )
 def test_roles(path: str, role: Role, cube: str) -> None:

@@ -1,0 +1,121 @@
+"""What is done with versions now and then: the policy, and what a mount finds when it begins.
+
+Used by the historian, in its thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from memfs.errors import VersionDamaged
+from memfs.index.cubes import Found
+from memfs.operation import retention
+from memfs.vault import versions, versions_make
+
+if TYPE_CHECKING:
+    from memfs.filesystem.historian import Historian
+
+PRUNE_AFTER_S, PRUNE_EVERY_S = 120.0, 3600.0
+
+
+class Upkeep:
+    """The housekeeping of one store's versions."""
+
+    def __init__(self, historian: Historian) -> None:
+        self._historian = historian
+        self._store = historian.store
+        self._keeper = historian.keeper
+        self._compared = False
+
+    def start(self) -> None:
+        """Has it done when there is time."""
+        if self._historian.was_killed:
+            self._historian.later.after(0, self._clear_up)
+        self._historian.later.after(PRUNE_AFTER_S, self.prune, "prune")
+
+    def moved(self, path: str) -> None:
+        """A directory is at ``path`` now: its cubes have moved."""
+        for cube, facts in self._cubes(path):
+            if facts.id is not None:
+                self._historian.record(cube, facts.id, hasty=True)
+            self._breathe()
+
+    def compare_all(self) -> None:
+        """Gives versions to cubes that have none, and an end to those that are gone.
+
+        Once a mount. After a kill every cube is compared with its newest version.
+        """
+        if self._compared:
+            return
+        self._compared = True
+        known = set(versions.cube_ids(self._store))
+        for path, facts in self._cubes(""):
+            if facts.id is not None:
+                if self._historian.was_killed or facts.id not in known:
+                    self._historian.record(path, facts.id, hasty=True)
+                known.discard(facts.id)
+            self._breathe()
+        for cube_id in known:
+            self._historian.settle("", cube_id)
+            self._breathe()
+
+    def prune(self) -> None:
+        """Removes what the policy keeps no longer, and what there is no room for."""
+        self._historian.later.after(PRUNE_EVERY_S, self.prune, "prune")
+        if self._keeper.reason:
+            return  # without an index nobody knows which cubes live
+        now, held = datetime.now(UTC), []
+        for cube_id in versions.cube_ids(self._store):
+            with self._historian.lock(cube_id):
+                held += self._pruned(cube_id, now)
+            self._breathe()
+        for version in retention.over_budget(held, self._historian.budget):
+            self._historian.remove(version.cube_id, version.stamp)
+            self._breathe()
+
+    def _pruned(self, cube_id: str, now: datetime) -> list[retention.Held]:
+        """A cube's versions, less those that are not kept any longer."""
+        newest = self._historian.newest(cube_id)
+        lives = self._keeper.ask(lambda index: index.by_id(cube_id) is not None, True)
+        deleted = newest is not None and newest.deleted and not lives
+        stamps = versions.stamps(self._store, cube_id)
+        times = [versions.moment_of(stamp) for stamp in stamps]
+        for time_ in retention.expired(times, now, deleted=deleted):
+            stamp = versions.stamp_of(time_)
+            self._historian.remove(cube_id, stamp)
+            stamps.remove(stamp)
+        return [
+            retention.Held(
+                cube_id,
+                stamp,
+                versions.blocks(self._store, cube_id, stamp),
+                protected=stamp == stamps[-1] and not deleted,
+            )
+            for stamp in stamps
+        ]
+
+    def _clear_up(self) -> None:
+        """Removes leftovers of the mount that was killed, and goes on with what was only linked."""
+        for cube_id in versions.cube_ids(self._store):
+            versions_make.remove_leftovers(self._store, cube_id, self._historian.started)
+            for stamp in versions.stamps(self._store, cube_id):
+                with contextlib.suppress(VersionDamaged):
+                    if versions_make.is_wanting(versions.read(self._store, cube_id, stamp)):
+                        self._historian.complete(cube_id, stamp)
+            self._breathe()
+
+    def _cubes(self, path: str) -> list[Found]:
+        found: list[Found] = []
+        self._keeper.ask(lambda index: found.extend(index.under(path)), None)
+        return found
+
+    def _breathe(self) -> None:
+        """Lets the threads that serve files go first; breaks off where the mount ends."""
+        time.sleep(0.0001)
+        if self._historian.later.stopping:
+            self._historian.broken_off = True
+            raise InterruptedError(errno.EINTR, "the mount ends")

@@ -1,0 +1,110 @@
+"""What is wrong with the versions of a store, and how each is mended. For ``memfs fsck``.
+
+Every file is read. Nothing is deleted: what is damaged is set aside, in ``.memfs/aside/``, where it
+can be looked at. Used with the store's lock, or beside a mount without mending.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from memfs.cube import layout
+from memfs.errors import NotAllowed, VersionDamaged
+from memfs.vault import versions
+from memfs.vault.aside import Aside
+from memfs.vault.problem import Problem
+from memfs.vault.store import Store
+from memfs.vault.versions import DESCRIPTION, ROOT, Version
+from memfs.vault.versions_look import sha256_of
+from memfs.vault.versions_make import UNSETTLED
+
+AREA = "versions"
+
+
+def problems(
+    store: Store, *, live: bool = False, progress: Callable[[int], None] | None = None
+) -> Iterator[Problem]:
+    """Everything that is wrong with the versions.
+
+    Args:
+        live: whether a mount is at work on them: what is unfinished, or gone, is no problem then.
+        progress: told how many versions were looked at.
+    """
+    aside, count = Aside(store), 0
+
+    def problem(path: str, what: str) -> Problem:
+        return Problem(AREA, path, what, partial(_set_aside, aside, path))
+
+    for cube_id in versions.names_in(store, ROOT):
+        base = f"{ROOT}/{cube_id}"
+        if cube_id == UNSETTLED:
+            continue
+        if not versions.is_cube_id(cube_id) or not stat.S_ISDIR(store.stat(base).st_mode):
+            yield problem(base, "is no directory of a cube's versions")
+            continue
+        for name in versions.names_in(store, base):
+            path = f"{base}/{name}"
+            if layout.is_temporary(name):
+                if not live:
+                    yield problem(path, "is a version that was never finished")
+            elif not versions.is_stamp(name):
+                yield problem(path, "has not the name of a version")
+            else:
+                damage = damage_of(store, cube_id, name)
+                if damage is not None and not (live and _is_gone(store, path)):
+                    yield problem(path, damage)
+            count += 1
+            if progress:
+                progress(count)
+
+
+def damage_of(store: Store, cube_id: str, stamp: str) -> str | None:
+    """What is wrong with one version; None where it is whole."""
+    try:
+        version = versions.read(store, cube_id, stamp)
+        found = _files_in(store, version.directory)
+    except VersionDamaged as e:
+        return e.detail
+    except (OSError, NotAllowed) as e:
+        return f"cannot be read: {e}"
+    wanted = {name for name, entry in version.files.items() if entry.kept}
+    for what, names in (("lacks", wanted - found), ("has a foreign", found - wanted)):
+        if names:
+            return f"{what} {min(names)}"
+    for name in sorted(wanted):
+        damage = _damage_in(store, version, name)
+        if damage is not None:
+            return damage
+    return None
+
+
+def _damage_in(store: Store, version: Version, name: str) -> str | None:
+    entry = version.files[name]
+    try:
+        fd = store.open_regular(f"{version.directory}/{name}")
+    except (OSError, NotAllowed) as e:
+        return f"{name} cannot be read: {e}"
+    try:
+        size = os.fstat(fd).st_size
+        if size != entry.size:
+            return f"{name} has {size} bytes, and had {entry.size}"
+        if entry.sha256 is not None and sha256_of(fd) != entry.sha256:
+            return f"{name} is not what it was: its SHA-256 is another"
+    finally:
+        os.close(fd)
+    return None
+
+
+def _files_in(store: Store, directory: str) -> set[str]:
+    """The files of a version, by path within it, but for its description and temporary ones."""
+    found = set()
+    for name in versions.names_in(store, directory):
+        if name == layout.ADAPTER:
+            inner = versions.names_in(store, f"{directory}/{name}")
+            found |= {f"{name}/{file}" for file in inner if not layout.is_temporary(file)}
+        elif name != DESCRIPTION and not layout.is_temporary(name):
+            found.add(name)
+    return found

@@ -1,0 +1,183 @@
+"""What a cube holds now, and whether that is another thing than its newest version.
+
+Used by ``versions_make`` and by who decides when to make one; any thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass, replace
+
+from memfs.cube import layout, metadata
+from memfs.errors import InvalidMetadata, NotAllowed
+from memfs.vault.facts import MAX_PAYLOAD
+from memfs.vault.store import Store, open_regular_at, read_all
+from memfs.vault.versions import LARGE, Entry, Version
+
+_BLOCK = 1 << 20
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class Present:
+    """What a cube holds now."""
+
+    path: str
+    files: dict[str, Entry]
+    meaning: str | None
+    parents: tuple[tuple[int, int, int], ...]
+    copied_from: str | None = None
+    payloads: tuple[str, ...] = ()
+    """The texts that it had elsewhere, as its header says."""
+
+    @property
+    def content(self) -> str:
+        """As ``Version.content``."""
+        return content_of(self.files, self.meaning)
+
+
+def look(store: Store, path: str, previous: Version | None) -> Present | None:
+    """What the cube at ``path`` holds now; None where there is no cube.
+
+    A ``meta.json`` that is not valid is no finished change: the previous one counts.
+    """
+    try:
+        directory = store.open_dir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        if not layout.is_cube(os.listdir(directory)):
+            return None
+        files: dict[str, Entry] = {}
+        payload = _payload(directory)
+        if payload is not None:
+            files[layout.PAYLOAD] = payload
+        meta: metadata.Meta = {}
+        meaning = None
+        try:
+            files[layout.META], meta = _header(directory)
+            meaning = meaning_of(meta)
+        except InvalidMetadata:
+            meaning = previous.meaning if previous else None
+            if previous is not None and layout.META in previous.files:
+                files[layout.META] = previous.files[layout.META]
+        except (FileNotFoundError, NotAllowed):
+            pass  # it has none for now, or none that could be kept
+        files |= _adapter(directory)
+    finally:
+        os.close(directory)
+    origin = meta.get("descriptive", {}).get("origin", {})
+    known = meta.get("behavioural", {}).get("versions", ())
+    return Present(
+        path, files, meaning, _parents(store, path), origin.get("copied_from"), tuple(known)
+    )
+
+
+def event_for(previous: Version | None, present: Present) -> tuple[str, str | None] | None:
+    """What happened to a cube since its newest version, and out of what; None for nothing."""
+    if previous is None:
+        return ("copied", present.copied_from) if present.copied_from else ("created", None)
+    if present.content == previous.content:
+        return None if present.path == previous.path else ("moved", None)
+    for link in reversed(previous.chain):
+        if link.content == present.content and link.stamp:
+            return "restored", link.stamp
+    return ("created" if previous.deleted else "changed"), None
+
+
+def meaning_of(meta: metadata.Meta) -> str:
+    """Digest of what people have set in a header."""
+    text = json.dumps(metadata.user_set(meta), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def content_of(files: dict[str, Entry], meaning: str | None) -> str:
+    """Stands for all that a cube or a version holds: see ``Version.content``."""
+    lines = [
+        f"{name} {meaning if name == layout.META else entry.content}"
+        for name, entry in sorted(files.items())
+    ]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _payload(directory: int) -> Entry | None:
+    try:
+        fd = open_regular_at(directory, layout.PAYLOAD)
+    except (FileNotFoundError, NotAllowed):
+        return None
+    try:
+        found = os.fstat(fd)
+        if found.st_size > MAX_PAYLOAD:
+            return entry_of(found, None, kept=False)
+        return entry_of(found, sha256_of(fd))
+    finally:
+        os.close(fd)
+
+
+def _header(directory: int) -> tuple[Entry, metadata.Meta]:
+    fd = open_regular_at(directory, layout.META)
+    try:
+        found = os.fstat(fd)
+        try:
+            data = read_all(fd, metadata.MAX_BYTES)
+        except OSError as e:
+            if e.errno == errno.EFBIG:
+                raise InvalidMetadata(f"longer than {metadata.MAX_BYTES} bytes") from e
+            raise
+        return entry_of(found, hashlib.sha256(data).hexdigest()), metadata.parse(data)
+    finally:
+        os.close(fd)
+
+
+def _adapter(directory: int) -> dict[str, Entry]:
+    """The ordinary files of ``adapter/``, which PEFT keeps in one directory."""
+    try:
+        holder = os.open(layout.ADAPTER, _DIRECTORY, dir_fd=directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found = {}
+    try:
+        for name in os.listdir(holder):
+            if layout.is_temporary(name):
+                continue
+            try:
+                fd = open_regular_at(holder, name)
+            except (FileNotFoundError, NotAllowed):
+                continue
+            try:
+                status = os.fstat(fd)
+                large = status.st_size >= LARGE
+                entry = entry_of(status, None if large else sha256_of(fd))
+                found[f"{layout.ADAPTER}/{name}"] = replace(entry, large=large)
+            finally:
+                os.close(fd)
+    finally:
+        os.close(holder)
+    return found
+
+
+def entry_of(found: os.stat_result, digest: str | None, *, kept: bool = True) -> Entry:
+    mode = stat.S_IMODE(found.st_mode)
+    return Entry(
+        found.st_size, found.st_mtime_ns, found.st_uid, found.st_gid, mode, digest, kept=kept
+    )
+
+
+def _parents(store: Store, path: str) -> tuple[tuple[int, int, int], ...]:
+    parts = path.split("/")
+    above = ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))]
+    found = [store.stat(directory) for directory in above]
+    return tuple((f.st_uid, f.st_gid, stat.S_IMODE(f.st_mode)) for f in found)
+
+
+def sha256_of(fd: int) -> str:
+    """Digest of an open file from its beginning, wherever it is read."""
+    digest, offset = hashlib.sha256(), 0
+    while part := os.pread(fd, _BLOCK, offset):
+        digest.update(part)
+        offset += len(part)
+    return digest.hexdigest()

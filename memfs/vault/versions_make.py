@@ -1,0 +1,253 @@
+"""Making versions: cheaply, whole or not at all, and never in the way of what is versioned.
+
+What did not change is a second name (a hard link) of the previous version's file. New content
+shares its blocks with the cube's file where the disk can do that (reflink, on btrfs and xfs) and is
+copied elsewhere: the cube's own files may be changed in place, beside the mount, so a mere link
+would change with them. An adapter's weights are large, and nobody is made to wait for their copy:
+they are linked at once, and ``complete`` makes the copy and the digest. Only the process that holds
+the store's lock makes versions, and one thread at a time those of one cube.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from memfs.cube import layout
+from memfs.vault import versions
+from memfs.vault.publish import publish_bytes, write_all
+from memfs.vault.store import Store, give_to_owner
+from memfs.vault.versions import CHAIN, DESCRIPTION, Entry, Link, Version
+from memfs.vault.versions_files import NEW, completed, keep
+from memfs.vault.versions_look import Present, content_of, event_for
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+UNSETTLED = "unsettled"
+"""The name of the note beside the cubes' directories that says that a mount makes versions."""
+
+Finish = Callable[[Version], None]
+
+
+def make(
+    store: Store,
+    cube_id: str,
+    present: Present,
+    previous: Version | None,
+    *,
+    budget: int,
+    patient: bool,
+) -> Version | None:
+    """Makes the version of what a cube holds now; None where that is what the newest one holds.
+
+    Args:
+        budget: bytes; a file that is larger, and would have to be copied, is described only.
+        patient: whether a large file may be copied here and now.
+
+    Raises:
+        Unfinished: it would have to be, and may not.
+        FileNotFoundError: the cube changed meanwhile, and is to be looked at again.
+        OSError: it cannot be made, as the disk is full or the store cannot be written.
+    """
+    happened = event_for(previous, present)
+    if happened is None:
+        return None
+    with _making(store, cube_id) as (temporary, finish):
+        files = {}
+        for name, entry in present.files.items():
+            files[name] = keep(
+                store, temporary, present.path, name, entry, previous, budget, patient
+            )
+        # What was copied counts, and not what was there when it was looked at.
+        stamp = versions.stamp_after(previous.stamp if previous else None)
+        payload = files.get(layout.PAYLOAD)
+        chain = previous.chain if previous else tuple(Link("", "", p) for p in present.payloads)
+        own = Link(stamp, content_of(files, present.meaning), payload.sha256 if payload else None)
+        version = Version(
+            cube_id,
+            stamp,
+            present.path,
+            happened[0],
+            files,
+            present.meaning,
+            present.parents,
+            happened[1],
+            (*chain, own)[-CHAIN:],
+        )
+        finish(version)
+    return version
+
+
+def bury(store: Store, previous: Version) -> Version:
+    """Records that a cube is gone: a version without files. Raises OSError."""
+    with _making(store, previous.cube_id) as (_, finish):
+        stamp = versions.stamp_after(previous.stamp)
+        version = replace(
+            previous, stamp=stamp, event=versions.DELETED, files={}, meaning=None, origin=None
+        )
+        finish(version)
+    return version
+
+
+def complete(store: Store, cube_id: str, stamp: str) -> Version:
+    """Copies and reads the large files of a version that were only linked.
+
+    Raises VersionDamaged, or OSError where it cannot be done, or it is not there any more.
+    """
+    version = versions.read(store, cube_id, stamp)
+    if not is_wanting(version):
+        return version
+    before = [other for other in versions.stamps(store, cube_id) if other < stamp]
+    previous = versions.newest(store, cube_id, before[-1]) if before else None
+    files = dict(version.files)
+    directory = store.open_dir(version.directory)
+    try:
+        for name, entry in version.files.items():
+            if _is_wanting(entry):
+                files[name] = completed(store, directory, name, entry, previous)
+    finally:
+        os.close(directory)
+    version = replace(version, files=files)
+    path = f"{version.directory}/{DESCRIPTION}"
+    publish_bytes(store, path, _rendered(version), like=store.stat(path))
+    return version
+
+
+def is_wanting(version: Version) -> bool:
+    """Whether some of its files are still only linked, or were never read."""
+    return any(map(_is_wanting, version.files.values()))
+
+
+def _is_wanting(entry: Entry) -> bool:
+    return entry.kept and (entry.linked or entry.sha256 is None)
+
+
+def remove(store: Store, cube_id: str, stamp: str) -> None:
+    """Removes a version; others have names of their own for the files that they share with it."""
+    base = store.open_dir(versions.directory(cube_id))
+    try:
+        gone = layout.TEMPORARY + secrets.token_hex(8)
+        os.rename(stamp, gone, src_dir_fd=base, dst_dir_fd=base)
+        shutil.rmtree(gone, dir_fd=base)
+        if not os.listdir(base):
+            with contextlib.suppress(OSError):
+                os.rmdir(store.control_dir / "versions" / cube_id)
+    finally:
+        os.close(base)
+
+
+def take_over(store: Store, old_id: str, new_id: str) -> None:
+    """A cube got another id where it stands: what is known of it goes with it.
+
+    Of a cube that was made a moment ago, and has got its real header just now, nothing is: its one
+    version differs from the next by nothing but the header that memfs gave it.
+    """
+    old = versions.stamps(store, old_id)
+    if len(old) == 1:
+        remove(store, old_id, old[0])
+        return
+    source, target = store.open_dir(versions.directory(old_id)), _base(store, new_id)
+    try:
+        for stamp in old:
+            os.rename(stamp, stamp, src_dir_fd=source, dst_dir_fd=target)
+        os.rmdir(store.control_dir / "versions" / old_id)
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+def remove_leftovers(store: Store, cube_id: str, before: float) -> None:
+    """Removes what was being made or removed before a time, when a process was killed."""
+    base = store.open_dir(versions.directory(cube_id))
+    try:
+        for name in filter(layout.is_temporary, os.listdir(base)):
+            if os.stat(name, dir_fd=base, follow_symlinks=False).st_ctime < before:
+                shutil.rmtree(name, dir_fd=base)
+    finally:
+        os.close(base)
+
+
+def mark(store: Store) -> bool:
+    """Notes on the disk that versions are being made; whether that stood there already."""
+    base = _base(store)
+    try:
+        os.close(os.open(UNSETTLED, NEW, 0o600, dir_fd=base))
+    except FileExistsError:
+        return True
+    finally:
+        os.close(base)
+    return False
+
+
+def unmark(store: Store) -> None:
+    """Takes the note away: nothing is left to be done."""
+    base = _base(store)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(UNSETTLED, dir_fd=base)
+    finally:
+        os.close(base)
+
+
+@contextlib.contextmanager
+def _making(store: Store, cube_id: str) -> Iterator[tuple[int, Finish]]:
+    """A new directory, and what gives it its name in the end; it is removed where that fails."""
+    base = _base(store, cube_id)
+    temporary = layout.TEMPORARY + secrets.token_hex(8)
+    try:
+        os.mkdir(temporary, 0o700, dir_fd=base)
+        try:
+            fd = os.open(temporary, _DIRECTORY, dir_fd=base)
+            try:
+                give_to_owner(store, fd)
+
+                def finish(version: Version) -> None:
+                    _describe(store, fd, version)
+                    os.rename(temporary, version.stamp, src_dir_fd=base, dst_dir_fd=base)
+
+                yield fd, finish
+            finally:
+                os.close(fd)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True, dir_fd=base)
+            raise
+    finally:
+        os.close(base)
+
+
+def _base(store: Store, cube_id: str = "") -> int:
+    """The directory of a cube's versions, or of all, made where there is none."""
+    path = versions.directory(cube_id)
+    try:
+        return store.open_dir(path)
+    except FileNotFoundError:
+        pass
+    above = store.open_dir(layout.CONTROL)
+    for name in path.split("/")[1:]:
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=above)
+            fd = os.open(name, _DIRECTORY, dir_fd=above)
+        finally:
+            os.close(above)
+        give_to_owner(store, fd)
+        above = fd
+    return above
+
+
+def _describe(store: Store, directory: int, version: Version) -> None:
+    fd = os.open(DESCRIPTION, NEW, 0o400, dir_fd=directory)
+    try:
+        give_to_owner(store, fd)
+        write_all(fd, _rendered(version))
+    finally:
+        os.close(fd)
+
+
+def _rendered(version: Version) -> bytes:
+    return (json.dumps(version.to_json()) + "\n").encode()
