@@ -108,3 +108,15 @@ def _files_in(store: Store, directory: str) -> set[str]:
         elif name != DESCRIPTION and not layout.is_temporary(name):
             found.add(name)
     return found
+
+
+def _set_aside(aside: Aside, path: str) -> str:
+    return f"set aside in {aside.put(path)}"
+
+
+def _is_gone(store: Store, path: str) -> bool:
+    try:
+        store.stat(path)
+    except FileNotFoundError:
+        return True
+    return False
