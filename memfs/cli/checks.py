@@ -6,8 +6,6 @@ that torch is there is told by its metadata.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import errno
 import importlib.metadata
 import os
@@ -23,6 +21,7 @@ from pathlib import Path
 from memfs.cli import output
 from memfs.config import DEFAULT_MODEL, Config, cache_dir, runtime_dir
 from memfs.errors import InvalidConfig
+from memfs.filesystem import libfuse
 from memfs.runtime import model_store
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -35,7 +34,6 @@ WATCHES = 65_536
 """One a directory of a store; kernels since 5.11 allow a million where memory is ample."""
 SOCKET_DIR_BYTES = 60
 """A socket's path may have 107 bytes, and its name takes up to 47."""
-CAP_SYS_ADMIN = 21
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Check:
 def machine() -> Iterator[Check]:
     """The system: Python, libfuse 3, the right to mount, and the kernel's limits."""
     yield _python()
-    yield _libfuse()
+    yield from _libfuse()
     yield _device()
     yield _right_to_mount()
     if os.getuid() != 0:
@@ -110,18 +108,17 @@ def _python() -> Check:
     return Check("Python", OK, f"{platform.python_version()} ({sys.executable})")
 
 
-def _libfuse() -> Check:
+def _libfuse() -> Iterator[Check]:
     mend = _sudo("apt-get install -y fuse3")
-    name = ctypes.util.find_library("fuse3")
+    name = libfuse.find()
     if name is None:
-        return Check("libfuse 3", PROBLEM, "not installed", mend)
-    try:
-        library = ctypes.CDLL(name)
-        library.fuse_pkgversion.restype = ctypes.c_char_p
-        version = library.fuse_pkgversion().decode()
-    except (OSError, AttributeError) as e:
-        return Check("libfuse 3", PROBLEM, f"{name} cannot be loaded: {e}", mend)
-    return Check("libfuse 3", OK, f"{version} ({name})")
+        yield Check("libfuse 3", PROBLEM, "not installed", mend)
+        return
+    found = libfuse.version(name)
+    yield Check("libfuse 3", OK, f"{found[0]}.{found[1]} ({name})")
+    reason = libfuse.no_passthrough(found)
+    used = f"not used: {reason}" if reason else "the kernel reads files of a mount by itself"
+    yield Check("passthrough", OK, used)
 
 
 def _device() -> Check:
@@ -147,7 +144,7 @@ def _right_to_mount() -> Check:
         mend = _sudo("apt-get install -y fuse3")
         return Check("fusermount3", PROBLEM, "not installed", mend)
     if os.getuid() == 0:
-        if not _capabilities() >> CAP_SYS_ADMIN & 1:
+        if not libfuse.capabilities() >> libfuse.CAP_SYS_ADMIN & 1:
             mend = "start the container with: --device /dev/fuse --cap-add SYS_ADMIN"
             return Check("fusermount3", PROBLEM, "root may not mount here", mend)
     else:
@@ -159,12 +156,6 @@ def _right_to_mount() -> Check:
             mend = _sudo("ln -s /proc/self/mounts /etc/mtab")
             return Check("fusermount3", PROBLEM, "cannot unmount without /etc/mtab", mend)
     return Check("fusermount3", OK, program)
-
-
-def _capabilities() -> int:
-    """The effective capabilities of this process, as a bit mask."""
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.M)
-    return int(match[1], 16) if match else 0
 
 
 def _allow_other() -> Check:

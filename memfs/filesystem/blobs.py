@@ -95,12 +95,13 @@ class Blobs:
         self, path: str, fd: int, role: layout.Role, cube: str, context: Context, *, mounts: bool
     ) -> Handle:
         resident = role is layout.Role.KV and self._reading.is_resident(cube, context)
+        # With O_NOATIME too: who maps what others read by passthrough is not seen.
         return OpenBlob(
             path,
             fd,
             self._reading if mounts and path not in self._backing.elsewhere else None,
             self._context,
-            cached=resident,
+            seen=self._reading.mount_on_read and not resident,
             ino=self._promised.get(os.fstat(fd).st_ino),
         )
 

@@ -17,7 +17,7 @@ from memfs.cube import layout
 from memfs.errors import IndexDamaged, NotAllowed
 from memfs.filesystem import audit
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import HandleTable
+from memfs.filesystem.handle_table import HandleTable
 from memfs.filesystem.historian import Historian
 from memfs.filesystem.keeper import IndexKeeper, Model
 from memfs.index.records import Usage

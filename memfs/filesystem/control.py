@@ -30,6 +30,7 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle, Snapshot
 from memfs.filesystem.link import Link
+from memfs.filesystem.passthrough import Passthrough
 from memfs.filesystem.status_text import status_text
 
 ASK_SECONDS = 0.3
@@ -59,11 +60,13 @@ class Control:
         mount: MountFacts,
         catalogue: Catalogue,
         link: Link,
+        passthrough: Passthrough,
         context: Callable[[], Context],
     ) -> None:
         self._mount = mount
         self._catalogue = catalogue
         self._link = link
+        self._passthrough = passthrough
         self._context = context
         self._started = time.time()
         self._made: dict[tuple[str, int | None], tuple[float, Attributes]] = {}
@@ -180,6 +183,10 @@ class Control:
             "store": self._mount.store,
             "mountpoint": self._mount.mountpoint,
             "mount_on_read": self._mount.mount_on_read,
+            "passthrough": {
+                "on": not self._passthrough.reason,
+                "reason": self._passthrough.reason or None,
+            },
             "pid": os.getpid(),
             "since": rfc3339(self._started),
             "index": {

@@ -14,12 +14,14 @@ import ctypes
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from threading import get_ident as _get_ident
 from typing import Any, ClassVar
 
 from memfs.errors import MemfsError, MountFailed
+from memfs.filesystem import libfuse
 from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
@@ -28,7 +30,6 @@ from memfs.filesystem.tree import WAITERS, Tree
 
 log = logging.getLogger(__name__)
 
-_SONAMES = ("libfuse3.so.4", "libfuse3.so.3")
 _KILLPRIV = 1 << 20
 """FUSE_CAP_HANDLE_KILLPRIV: that the file system clears setuid bits. The kernel does it better:
 root's mount writes with rights under which no file loses them.
@@ -39,25 +40,19 @@ _READDIRPLUS = 1 << 13 | 1 << 14
 longer than the listing takes.
 """
 
+_PASSTHROUGH = 1 << 29
+"""FUSE_CAP_PASSTHROUGH."""
+_BACKING_ID = 36
+"""Offset of ``backing_id`` in struct fuse_file_info since libfuse 3.17; mfusepy has it not."""
+
 _UNCHANGED = 0xFFFFFFFF
 """-1 as an unsigned user or group id."""
 
 
-def _load() -> None:
-    """Chooses libfuse 3, before mfusepy looks for a library by itself and finds libfuse 2."""
-    if os.environ.get("FUSE_LIBRARY_PATH"):
-        return
-    for name in _SONAMES:
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        os.environ["FUSE_LIBRARY_PATH"] = name
-        return
+_library = libfuse.find()
+if _library is None:
     raise MountFailed("libfuse 3 is not installed; try: apt-get install fuse3")
-
-
-_load()
+os.environ["FUSE_LIBRARY_PATH"] = _library  # mfusepy would find libfuse 2 by itself
 
 import mfusepy  # noqa: E402  it loads the library as it is imported
 
@@ -68,6 +63,10 @@ work for, and ended those that had none.
 """
 
 _get_context = mfusepy._libfuse.fuse_get_context
+_get_session = mfusepy._libfuse.fuse_get_session
+_get_session.argtypes, _get_session.restype = (ctypes.c_void_p,), ctypes.c_void_p
+_get_descriptor = mfusepy._libfuse.fuse_session_fd
+_get_descriptor.argtypes = (ctypes.c_void_p,)
 _is_interrupted = mfusepy._libfuse.fuse_interrupted
 
 
@@ -139,13 +138,32 @@ class _Callbacks(mfusepy.Operations):
         config.attr_timeout = ATTRIBUTE_SECONDS
         config.use_ino = 1
         config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
-        connection.want &= ~(_KILLPRIV | _READDIRPLUS)
+        if _VERSION >= (3, 17):
+            connection.want_ext &= ~(_KILLPRIV | _READDIRPLUS)
+            # Without this it hears no more that a caller was sent a signal. It sends us one in
+            # turn, which does nothing: whoever waits asks libfuse now and then.
+            config.intr, config.intr_signal = 1, signal.SIGUSR2
+        else:
+            connection.want &= ~(_KILLPRIV | _READDIRPLUS)
+        self._ask_for_passthrough(connection)
         self.served = True
         try:
             self._started()
         except Exception as e:  # noqa: BLE001  libfuse would go on without
             self.failure = e
             mfusepy.fuse_exit()
+
+    def _ask_for_passthrough(self, connection: Any) -> None:
+        reason = libfuse.no_passthrough(_VERSION)
+        if not reason and not connection.capable_ext & _PASSTHROUGH:
+            reason = "this kernel was built without it"
+        if reason:
+            self.tree.passthrough.decline(reason)
+            return
+        connection.want_ext |= _PASSTHROUGH
+        connection.max_backing_stack_depth = 1  # files of a disk; the mount itself can be stacked
+        session = _get_session(_get_context().contents.fuse)
+        self.tree.passthrough.offer(_get_descriptor(session))
 
     def destroy(self, path: str) -> None:
         self._ended()
@@ -185,9 +203,12 @@ class _Callbacks(mfusepy.Operations):
         self._opened(self.tree.opening.create(path[1:], mode, fi.flags), fi)
 
     def _opened(self, handle: Handle, fi: Any) -> None:
+        fi.fh = self._handles.add(handle)
         fi.direct_io = handle.direct_io
         fi.keep_cache = handle.keep_cache
-        fi.fh = self._handles.add(handle)
+        if handle.passed is not None:
+            backing_id = ctypes.c_int32.from_address(ctypes.addressof(fi) + _BACKING_ID)
+            backing_id.value = handle.passed.number
 
     def flush(self, path: str | None, fi: Any) -> None:
         handle = self._handles.get(fi.fh)

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG002  a verb that a kind of file does not have takes its arguments all the same
-"""Open files of the mount: the numbers that FUSE knows them by, and the plain kinds of them.
+"""Open files of the mount, and the plain kinds of them.
 
 A handle keeps its path up to date through renames; None says that its file was unlinked. Handles
 are used by several FUSE threads at once; a kind that keeps more than a descriptor says how it
@@ -9,7 +9,6 @@ locks.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from memfs.filesystem import syscalls
 from memfs.filesystem.attributes import Status
 from memfs.filesystem.backing import Backing
+from memfs.filesystem.passthrough import Passed
 
 
 class Handle:
@@ -28,11 +28,19 @@ class Handle:
     """Whether pages cached by an earlier open are still good."""
     frozen = False
     """Whether its cube was frozen since it was opened."""
+    passes = False
+    """Whether the kernel may read it from the store by itself: nobody needs to see the reads."""
+    passed: Passed | None = None
+    """What the kernel was told to read instead of asking us, unless ``direct_io`` is set too."""
+    file: tuple[int, int] | None = None
+    """Device and inode of the file in the store, where that is the same all the while."""
     writes = False
     """Whether a cube changes by it: its closes tell of that."""
 
     def __init__(self, path: str | None) -> None:
         self.path = path
+        self.node = path or ""
+        """The path that FUSE knows it by; kept by the table of open files."""
 
     def read(self, buffer: memoryview, offset: int) -> int:
         """Fills the buffer from the file's bytes at ``offset``; how many there were."""
@@ -73,11 +81,12 @@ class Handle:
 
 
 class OpenFile(Handle):
-    """A file of the store, passed through."""
+    """A file of the store, as it is."""
 
-    def __init__(self, path: str | None, fd: int) -> None:
+    def __init__(self, path: str | None, fd: int, *, passes: bool = False) -> None:
         super().__init__(path)
         self.fd = fd
+        self.passes = passes
 
     def read(self, buffer: memoryview, offset: int) -> int:
         return os.preadv(self.fd, [buffer], offset)
@@ -193,60 +202,6 @@ class OpenDirectory(Handle):
 
     def release(self) -> None:
         os.close(self.fd)
-
-
-class HandleTable:
-    """The open files by number. Any thread: each step is one operation on a dict."""
-
-    def __init__(self) -> None:
-        self._handles: dict[int, Handle] = {}
-        self._numbers = itertools.count(1)
-
-    def add(self, handle: Handle) -> int:
-        """The number of a newly opened file."""
-        number = next(self._numbers)
-        self._handles[number] = handle
-        return number
-
-    def get(self, number: int) -> Handle:
-        """The open file with a number that FUSE gave."""
-        try:
-            return self._handles[number]
-        except KeyError:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
-
-    def is_written(self, cube: str) -> bool:
-        """Whether a file of a cube is open for writing."""
-        below = cube + "/"
-        return any(
-            handle.writes and handle.path is not None and handle.path.startswith(below)
-            for handle in list(self._handles.values())
-        )
-
-    def freeze(self, cube: str, *, frozen: bool) -> None:
-        """Tells every open file in a cube that it takes no writes any more, or does again."""
-        below = cube + "/"
-        for handle in list(self._handles.values()):
-            if handle.path is not None and handle.path.startswith(below):
-                handle.frozen = frozen
-
-    def remove(self, number: int) -> Handle | None:
-        """Takes a file that was closed for good out of the table."""
-        return self._handles.pop(number, None)
-
-    def on(self, path: str) -> list[Handle]:
-        """The open files at a path."""
-        return [handle for handle in list(self._handles.values()) if handle.path == path]
-
-    def moved(self, old: str, new: str) -> None:
-        """Tells every open file that ``old`` is now at ``new``."""
-        for handle in list(self._handles.values()):
-            handle.moved(old, new)
-
-    def unlinked(self, path: str, hidden: str | None = None) -> None:
-        """Tells the open files at ``path`` that they have no name any more."""
-        for handle in self.on(path):
-            handle.unlinked(hidden)
 
 
 def copy_into(buffer: memoryview, data: bytes, offset: int) -> int:

@@ -18,7 +18,7 @@ from memfs.filesystem.backing import Backing, is_hidden
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.guard import Guard
-from memfs.filesystem.handles import HandleTable
+from memfs.filesystem.handle_table import HandleTable
 from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
 from memfs.filesystem.opening import Opening, require_free

@@ -15,9 +15,9 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.control import Control, ControlDirectory
 from memfs.filesystem.guard import Guard
+from memfs.filesystem.handle_table import HandleTable
 from memfs.filesystem.handles import (
     Handle,
-    HandleTable,
     OpenDirectory,
     OpenFile,
     OpenPayload,
@@ -78,7 +78,7 @@ class Opening:
         fd = self._backing.open(path, flags)
         if writing and role in _TOLD_OF:
             return OpenPayload(path, fd, self.written, dirty=bool(flags & os.O_TRUNC))
-        return OpenFile(path, fd)
+        return OpenFile(path, fd, passes=not writing)
 
     def create(self, path: str, mode: int, flags: int) -> Handle:
         """Makes and opens a new file; opens the one that is there, unless it must be new."""

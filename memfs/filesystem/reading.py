@@ -87,7 +87,7 @@ class OpenBlob(OpenFile):
         reading: Reading | None,
         context: Callable[[], Context],
         *,
-        cached: bool,
+        seen: bool,
         ino: int | None,
     ) -> None:
         """Nothing is read yet.
@@ -95,18 +95,17 @@ class OpenBlob(OpenFile):
         Args:
             reading: None where nothing that is read counts.
             context: who asks in the running operation.
-            cached: whether the kernel may answer reads from what it has.
+            seen: whether we must see the reads. Where not, the open counts, if anything does.
             ino: the inode number it is shown with; None for its own.
         """
-        super().__init__(path, fd)
-        self.direct_io = not cached
-        self.keep_cache = cached
+        super().__init__(path, fd, passes=not seen)
+        self.direct_io = seen
         self._reading = reading
         self._context = context
         self._ino = ino
         self._ticket: Ticket | None = None
         self._header_end = _header_end(fd)
-        if cached and reading is not None:
+        if not seen and reading is not None:
             self._count(reading)
 
     def read(self, buffer: memoryview, offset: int) -> int:

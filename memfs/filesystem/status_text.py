@@ -23,6 +23,7 @@ def status_text(facts: dict[str, Any]) -> str:
         "reading  puts a memory into the model"
         if facts["mount_on_read"]
         else "reading  mounts nothing (mount_on_read=off)",
+        f"speed    {_passthrough(facts['passthrough'])}",
         "",
     ]
     mounted = facts["mounted"]
@@ -39,6 +40,12 @@ def status_text(facts: dict[str, Any]) -> str:
 def _plain(line: str) -> str:
     """A line with control characters escaped: the name of a cube must not drive the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def _passthrough(facts: dict[str, Any]) -> str:
+    if facts["on"]:
+        return "files are read by the kernel itself (passthrough)"
+    return f"files are read through the mount: {facts['reason']}"
 
 
 def _runtime(facts: dict[str, Any]) -> str:

@@ -54,6 +54,7 @@ class Tree:
     ) -> None:
         """``context`` says who asks for the operation that the calling thread is in."""
         self.handles = catalogue.handles
+        self.passthrough = self.handles.passthrough
         self._backing = backing
         self._catalogue = catalogue
         self._context = context
@@ -62,7 +63,7 @@ class Tree:
         self._makers = Makers(link, WAITERS)
         reading = Reading(link, catalogue, mount_on_read=mount.mount_on_read)
         self._blobs = Blobs(backing, catalogue, reading, self._makers, self._guard, context)
-        self._control = Control(mount, catalogue, link, context)
+        self._control = Control(mount, catalogue, link, self.passthrough, context)
         self._attributes = CubeAttributes(backing, catalogue, link, context)
         self.opening = Opening(
             backing,

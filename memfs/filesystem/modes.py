@@ -1,0 +1,73 @@
+"""How the kernel may answer the reads of an open file: from the store itself, from pages that it
+has cached, or from us alone.
+
+For all who have one node of the mount open (a path, until it is renamed or unlinked) the kernel
+wants one and the same file of the store to be passed through, or none; an open that does not keep
+to that fails with EIO. But a reader may be given the file that the others have and be marked
+``direct_io`` all the same: then its reads come to us. That is how a file is opened that has been
+replaced while others read the old one, and how a writer, or a reader whose reads count, opens what
+is passed through to others. Its mappings alone are of what the others have.
+
+Without passthrough, pages are cached by node as well, so who opens another file than the others
+reads past them; and what is cached is good for a later open if the file is the same, unchanged.
+
+Used by the table of handles, under its lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+from memfs.filesystem.handles import Handle, OpenFile
+from memfs.filesystem.passthrough import Passthrough
+from memfs.vault.sig import Sig, settled_sig
+
+_KEPT = 4096
+
+
+class Modes:
+    """The modes of all open files of a mount."""
+
+    def __init__(self, passthrough: Passthrough) -> None:
+        self._passthrough = passthrough
+        self._cached: dict[str, Sig] = {}
+        """The file that the kernel's pages of a node are from, as it was when it was opened."""
+
+    def admit(self, handle: Handle, node: str, others: Collection[Handle]) -> None:
+        """Settles how a file is read that is being opened.
+
+        Args:
+            others: who has the node open.
+        """
+        fd = handle.fd if isinstance(handle, OpenFile) else -1
+        found = os.fstat(fd) if fd >= 0 else None
+        file = (found.st_dev, found.st_ino) if found is not None else None
+        handle.file = file
+        held = next((other.passed for other in others if other.passed is not None), None)
+        if held is not None:
+            held.users += 1
+            handle.passed = held
+            handle.direct_io = handle.direct_io or not handle.passes or file != held.file
+        elif found is not None and file is not None and not handle.direct_io:
+            if any(other.file not in (None, file) for other in others):
+                handle.direct_io = True
+                return
+            if handle.passes and not others:
+                handle.passed = self._passthrough.begin(fd, file)
+            if handle.passed is None:
+                self._cache(handle, node, settled_sig(found))
+
+    def dismiss(self, handle: Handle) -> None:
+        """A file was closed for good."""
+        passed, handle.passed = handle.passed, None
+        if passed is not None:
+            passed.users -= 1
+            if not passed.users:
+                self._passthrough.end(passed)
+
+    def _cache(self, handle: Handle, node: str, sig: Sig) -> None:
+        handle.keep_cache = self._cached.pop(node, None) == sig
+        if len(self._cached) >= _KEPT:
+            self._cached.pop(next(iter(self._cached)))
+        self._cached[node] = sig
