@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from memfs.cube import access_list
 from memfs.filesystem.context import Context, program
 from memfs.vault.facts import CubeFacts
 from memfs.vault.sig import Sig
@@ -43,9 +44,11 @@ def changes(path: str, before: CubeFacts | None, after: CubeFacts | None) -> Ite
         yield governed("chmod", path, f"{before.mode:03o}", f"{after.mode:03o}")
     if (before.uid, before.gid) != (after.uid, after.gid):
         yield governed("chown", path, f"{before.uid}:{before.gid}", f"{after.uid}:{after.gid}")
+    if before.acl != after.acl:
+        yield governed("access", path, _access(before), _access(after))
 
 
-def governed(event: str, path: str, before: str, after: str) -> Event:
+def governed(event: str, path: str, before: object, after: object) -> Event:
     """The event of a change of rights."""
     return {"event": event, "path": path, "before": before, "after": after}
 
@@ -56,6 +59,10 @@ def actor(context: Context | None) -> Event:
         return {}
     name = program(context.pid)
     return {"uid": context.uid, "gid": context.gid, "pid": context.pid, "program": name}
+
+
+def _access(facts: CubeFacts) -> list[str]:
+    return [f"{e['who']} {' '.join(e['rights'])}" for e in access_list.shown([], facts.access_list)]
 
 
 def _is_other(old: Sig | None, new: Sig | None) -> bool:

@@ -150,11 +150,11 @@ class Catalogue:
         self.history.moved(new)
 
     def is_fresh(self, path: str, sig: Sig) -> bool:
-        """Whether the cube's meta.json is the one that memfs gave it lately, untouched since."""
+        """Whether the cube's meta.json is the one that memfs gave it lately, not written since."""
         known = self._fresh.get(path)
         if known is None:
             return False
-        if known[0] == sig and time.monotonic() - known[1] < _FRESH_SECONDS:
+        if known[0][:3] == sig[:3] and time.monotonic() - known[1] < _FRESH_SECONDS:
             return True
         self._fresh.pop(path, None)
         return False

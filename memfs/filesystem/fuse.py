@@ -45,6 +45,9 @@ _PASSTHROUGH = 1 << 29
 _BACKING_ID = 36
 """Offset of ``backing_id`` in struct fuse_file_info since libfuse 3.17; mfusepy has it not."""
 
+_POSIX_ACL = 1 << 19
+"""FUSE_CAP_POSIX_ACL: the kernel reads the files' access lists, and holds them as it does modes."""
+
 _UNCHANGED = 0xFFFFFFFF
 """-1 as an unsigned user or group id."""
 
@@ -140,11 +143,13 @@ class _Callbacks(mfusepy.Operations):
         config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
         if _VERSION >= (3, 17):
             connection.want_ext &= ~(_KILLPRIV | _READDIRPLUS)
+            connection.want_ext |= connection.capable_ext & _POSIX_ACL
             # Without this it hears no more that a caller was sent a signal. It sends us one in
             # turn, which does nothing: whoever waits asks libfuse now and then.
             config.intr, config.intr_signal = 1, signal.SIGUSR2
         else:
             connection.want &= ~(_KILLPRIV | _READDIRPLUS)
+            connection.want |= connection.capable & _POSIX_ACL
         self._ask_for_passthrough(connection)
         self.served = True
         try:

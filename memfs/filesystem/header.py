@@ -10,28 +10,24 @@ thread.
 from __future__ import annotations
 
 import errno
-import grp
 import os
-import pwd
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from memfs.cube import layout, metadata
+from memfs.cube import access_list, layout, metadata
 from memfs.cube.access import owner_names
 from memfs.cube.metadata import Meta
 from memfs.errors import InvalidMetadata, NotAllowed
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
+from memfs.filesystem.governing import Governing, Wishes, wishes
 from memfs.filesystem.guard import Guard
 from memfs.index.history import usage_group
 from memfs.index.records import Usage
 from memfs.vault import identity
 from memfs.vault.facts import CubeFacts
 from memfs.vault.publish import publish_bytes
-
-_GOVERNED = metadata.LIVE["governance"]
 
 _KEPT = 2048
 """Rendered headers remembered: ``ls -l`` needs each one's length, and opening it the rest."""
@@ -42,6 +38,7 @@ class Headers:
 
     def __init__(self, backing: Backing, catalogue: Catalogue, guard: Guard) -> None:
         self._guard = guard
+        self._governing = Governing(backing, guard)
         self._backing = backing
         self._catalogue = catalogue
         self._rendered: dict[str, tuple[CubeFacts, Usage | None, bytes]] = {}
@@ -59,7 +56,10 @@ class Headers:
             stored = identity.read_meta(self._backing.store, cube)
         except (InvalidMetadata, NotAllowed):
             stored = identity.last_known(facts, cube)
-        data = metadata.render(metadata.show(stored, _live(facts, usage)))
+        live = _live(facts, usage)
+        kept = stored.get("governance", {}).get("access", [])
+        live["governance"]["access"] = access_list.shown(kept, facts.access_list)
+        data = metadata.render(metadata.show(stored, live))
         if len(self._rendered) >= _KEPT:
             self._rendered.clear()
         self._rendered[cube] = (facts, usage, data)
@@ -72,66 +72,43 @@ class Headers:
             base: the header as the writer saw it; None where there was none.
 
         Raises:
-            InvalidMetadata: it breaks the schema, or names an owner that there is not.
-            PermissionError: it changes owner, group or mode, and the writer may not; or the cube is
-                frozen, and this is more than its owner's word that it is no longer.
+            InvalidMetadata: it breaks the schema, or names somebody that there is not.
+            PermissionError: it changes rights, and the writer may not; or the cube is frozen, and
+                this is more than its owner's word that it is no longer.
+            OSError: EOPNOTSUPP where it needs an access list that the store cannot keep.
         """
         meta = metadata.parse(text)
         old = self._before(cube)
         if old is None or metadata.cube_id(old) != metadata.cube_id(meta):
-            if self._guard.is_frozen(cube):
-                raise self._refuse(cube, "frozen")
-            # A cube that arrives keeps the counters it brings. Frozen it would be half there: the
-            # files of a copy come one by one.
-            _take(meta, {}, "state")
-            meta["state"]["frozen"] = False
-            return metadata.render(meta)
+            return self._arrived(cube, meta, old, context)
         if base is None and (known := self._rendered.get(cube)):
             base = known[2]
-        governed = {} if base is None else _governed(meta, metadata.parse(base))
-        for group in metadata.LIVE:
-            _take(meta, old, group)
+        wanted = Wishes() if base is None else wishes(meta, metadata.parse(base))
+        for group, names in metadata.LIVE.items():
+            _take(meta, old, group, names)
+        if not wanted.access:
+            _take(meta, old, "governance", ("access",))
         if self._guard.is_frozen(cube):
-            self._require_thaw(cube, meta, old, context, governed=bool(governed))
+            self._governing.require_thaw(cube, meta, old, context, governed=bool(wanted))
         elif meta["state"].get("frozen"):
-            self._require_one_name(cube)
-        if governed:
-            self._govern(cube, governed, context)
+            self._governing.require_one_name(cube)
+        if wanted:
+            self._governing.carry_out(cube, wanted, context)
         return metadata.render(meta)
 
-    def _require_thaw(
-        self, cube: str, meta: Meta, old: Meta, context: Context, *, governed: bool
-    ) -> None:
-        """Raises unless a header says of a frozen cube that it is not, and nothing else."""
-        thawed = metadata.show(old, {"state": {"frozen": False}})
-        if governed or metadata.show(meta, {"state": {"frozen": False}}) != thawed:
-            raise self._refuse(cube, "frozen")
-        if meta["state"].get("frozen") or self._guard.is_frozen(layout.split(cube)[0]):
-            raise self._refuse(cube, "frozen")
-        if context.uid not in (0, self._backing.status(self._holder(cube)).st_uid):
-            raise self._refuse(cube, "only its owner thaws it")
+    def _arrived(self, cube: str, meta: Meta, old: Meta | None, context: Context) -> bytes:
+        """What is stored of a header that comes from elsewhere: it keeps the counters it brings.
 
-    def _require_one_name(self, cube: str) -> None:
-        """Raises where a file of a cube to be frozen could be written by another name."""
-        for name in (layout.PAYLOAD, layout.KV, f"{layout.ADAPTER}/{layout.ADAPTER_WEIGHTS}"):
-            try:
-                found = self._backing.status(layout.join(cube, name))
-            except FileNotFoundError:
-                continue
-            if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-                raise InvalidMetadata(
-                    f"state.frozen: {name} has {found.st_nlink} names (hard links),"
-                    " and could be written by another"
-                )
-
-    def _refuse(self, cube: str, why: str) -> PermissionError:
-        self._guard.denied(cube, "write", why, file=layout.join(cube, layout.META))
-        return PermissionError(errno.EPERM, os.strerror(errno.EPERM), cube)
-
-    def _holder(self, cube: str) -> str:
-        """The file whose owner, group and mode are the cube's."""
-        path = layout.join(cube, layout.PAYLOAD)
-        return path if self._backing.exists(path) else cube
+        It gives nobody read or write: those are its files' own. Nor does it freeze: the files of a
+        copy come one by one, and it would be half there.
+        """
+        if self._guard.is_frozen(cube):
+            raise self._governing.refuse(cube, "frozen")
+        _take(meta, {}, "state", metadata.LIVE["state"])
+        meta["state"]["frozen"] = False
+        if not self._governing.is_owner(cube, context):
+            _take(meta, old or {}, "governance", ("access",))
+        return metadata.render(meta)
 
     def _before(self, cube: str) -> Meta | None:
         """The stored header; where an editor has renamed that away, what was last shown of it."""
@@ -150,21 +127,6 @@ class Headers:
             ids = (context.uid, context.gid)
             like = os.stat_result((found.st_mode, 0, 0, 1, *ids, len(text), 0, 0, 0))
             publish_bytes(self._backing.store, path, text, like=like)
-
-    def _govern(self, cube: str, changed: Mapping[str, str], context: Context) -> None:
-        """Carries out a change of owner, group or mode as ``chown`` and ``chmod`` would."""
-        path = self._holder(cube)
-        found = self._backing.status(path)
-        if context.uid not in (0, found.st_uid) or (
-            context.uid != 0 and changed.keys() != {"mode"}
-        ):
-            raise self._refuse(cube, "only its owner governs it")
-        uid = _user(changed["owner"]) if "owner" in changed else -1
-        gid = _group(changed["group"]) if "group" in changed else -1
-        if (uid, gid) != (-1, -1):
-            self._backing.chown(path, uid, gid)
-        if "mode" in changed:
-            self._backing.chmod(path, int(changed["mode"], 8))
 
 
 def _live(facts: CubeFacts, usage: Usage | None) -> Meta:
@@ -203,41 +165,11 @@ def _live(facts: CubeFacts, usage: Usage | None) -> Meta:
     }
 
 
-def _governed(meta: Meta, base: Meta) -> dict[str, str]:
-    """Owner, group and mode as far as a header gives them another value than its writer saw."""
-    wanted, seen = meta.get("governance", {}), base.get("governance", {})
-    return {
-        name: wanted[name]
-        for name in _GOVERNED
-        if wanted.get(name) is not None and wanted[name] != seen.get(name)
-    }
-
-
-def _take(meta: Meta, old: Meta, group: str) -> None:
-    """Makes the live parts of a group of ``meta`` say what ``old`` says, or nothing."""
+def _take(meta: Meta, old: Meta, group: str, names: Iterable[str]) -> None:
+    """Makes a group of ``meta`` say under these names what ``old`` says, or nothing."""
     stored, wanted = old.get(group, {}), meta.setdefault(group, {})
-    for name in metadata.LIVE[group]:
+    for name in names:
         if name in stored:
             wanted[name] = stored[name]
         else:
             wanted.pop(name, None)
-
-
-def _user(name: str) -> int:
-    try:
-        return pwd.getpwnam(name).pw_uid
-    except KeyError:
-        return _number(name, "owner")
-
-
-def _group(name: str) -> int:
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        return _number(name, "group")
-
-
-def _number(text: str, field: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < (1 << 32) - 1):
-        raise InvalidMetadata(f"governance.{field}: there is no {text!r} here")
-    return int(text)

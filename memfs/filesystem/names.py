@@ -25,6 +25,7 @@ from memfs.filesystem.opening import Opening, require_free
 from memfs.filesystem.staged import Staged
 from memfs.vault.publish import publish_bytes
 from memfs.vault.rename import RENAME_EXCHANGE
+from memfs.vault.rights import carry_over
 from memfs.vault.store import HIDDEN_DIR
 
 
@@ -125,7 +126,7 @@ class Names:
             raise
         for path, data in filter(None, headers):
             status = self._backing.status(path)
-            publish_bytes(self._backing.store, path, data, like=status)
+            publish_bytes(self._backing.store, path, data, like=path)
             when = divmod(status.st_mtime_ns, 10**9)
             self._backing.utimens(path, divmod(status.st_atime_ns, 10**9), when)
         self._tell(old, new, flags)
@@ -234,6 +235,8 @@ class Names:
         if cube:
             role = layout.classify(path)[0] if written else Role.OTHER
             text, header = role is Role.PAYLOAD, role is Role.META
+            if role is not Role.OTHER:
+                carry_over(self._backing.store, cube)
             by = self._context()
             self._catalogue.touch(cube, adopting=text or header, header=header, by=by)
 

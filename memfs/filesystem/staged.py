@@ -37,6 +37,7 @@ from memfs.filesystem.attributes import Status
 from memfs.filesystem.backing import Backing, give
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
+from memfs.vault.rights import acl_bytes, dress, write_acl
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ class Staged(Handle):
             self._show(temporary)
 
     def _dress(self, fd: int, parent: int, mode: int | None) -> None:
-        """Owner and mode of the file that it will replace, or of a new one of the caller's."""
+        """Rights of the file that it will replace, or of a new one of the caller's."""
         if mode is None:
             try:
                 like = self._backing.status(self._named())
@@ -271,6 +272,8 @@ class Staged(Handle):
             else:
                 if os.geteuid() == 0:
                     os.fchown(fd, like.st_uid, like.st_gid)
+                store, named = self._backing.store, self._named()
+                write_acl(fd, acl_bytes(store, self._backing.elsewhere.get(named, named)))
                 os.fchmod(fd, stat.S_IMODE(like.st_mode))
                 return
         give(fd, parent, self._context)
@@ -302,6 +305,8 @@ class Staged(Handle):
 
     def _place(self) -> str | None:
         """Renames it into place; its path there, or None where it was unlinked meanwhile."""
+        if self.path is not None:
+            dress(self._backing.store, layout.classify(self.path)[1], self._fd)
         os.fsync(self._fd)
         with self._backing.moving:
             path, temporary = self.path, self._temporary

@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from memfs.cube import layout
+from memfs.cube.acl import XATTR, Acl
 from memfs.cube.layout import Role
 from memfs.filesystem.attributes import Status, altered, shown_as
 from memfs.filesystem.backing import Backing, is_reserved
@@ -35,6 +36,7 @@ from memfs.filesystem.opening import STAGED, Opening
 from memfs.filesystem.reading import Reading
 from memfs.filesystem.syscalls import Time
 from memfs.filesystem.xattrs import CubeAttributes
+from memfs.vault.rights import acl_of, carry_over
 from memfs.vault.sig import sig_of
 
 WAITERS = 32
@@ -122,13 +124,13 @@ class Tree:
     def chmod(self, path: str, mode: int) -> None:
         self._require_writable(path)
         self._backing.chmod(path, mode)
-        self._touch_payload(path)
+        self._governed(path)
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         """Changes owner and group; -1 leaves one as it is."""
         self._require_writable(path)
         self._backing.chown(path, uid, gid)
-        self._touch_payload(path)
+        self._governed(path)
 
     def utimens(self, path: str, accessed: Time, modified: Time) -> None:
         self._require_writable(path)
@@ -166,11 +168,17 @@ class Tree:
 
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
         self._require_writable(path)
+        before = self._acl_before(path, name)
         self._attributes.set(path, name, value, flags)
+        if before is not None:
+            self._governed(path, before)
 
     def removexattr(self, path: str, name: str) -> None:
         self._require_writable(path)
+        before = self._acl_before(path, name)
         self._attributes.remove(path, name)
+        if before is not None:
+            self._governed(path, before)
 
     def _header_status(self, path: str, cube: str) -> Status:
         found = self._backing.status(path)
@@ -184,10 +192,17 @@ class Tree:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return shown_as(found, len(self._headers.shown(cube)))
 
-    def _touch_payload(self, path: str) -> None:
-        """Owner and mode of the text are the cube's."""
+    def _acl_before(self, path: str, name: str) -> Acl | None:
+        """The access list of a text that is about to get another one; else None."""
+        if name != XATTR or layout.classify(path)[0] is not Role.PAYLOAD:
+            return None
+        return acl_of(self._backing.store, self._backing.elsewhere.get(path, path))
+
+    def _governed(self, path: str, before: Acl | None = None) -> None:
+        """Owner, group, mode and access list of the text are the cube's."""
         role, cube = layout.classify(path)
         if role is Role.PAYLOAD:
+            carry_over(self._backing.store, cube, before)
             self._catalogue.touch(cube, by=self._context())
 
     def _require_shown(self, path: str) -> None:

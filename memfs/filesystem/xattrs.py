@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 
 from memfs.cube import layout, metadata
+from memfs.cube.acl import XATTR
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
@@ -51,6 +52,8 @@ class CubeAttributes:
 
     def get(self, path: str, name: str) -> bytes:
         """The value of one attribute. ENODATA where there is none."""
+        if name == XATTR:
+            return self._access_list(path)
         if not name.startswith(PREFIX):
             return self._backing.getxattr(path, name)
         cube, short = _cube_of(path), name.removeprefix(PREFIX)
@@ -72,6 +75,16 @@ class CubeAttributes:
         """Removes an attribute; nothing is done for memfs's own."""
         if not name.startswith(PREFIX):
             self._backing.removexattr(path, name)
+
+    def _access_list(self, path: str) -> bytes:
+        """The kernel's access list; a KV cache that could be made has that of its text."""
+        try:
+            return self._backing.getxattr(path, XATTR)
+        except FileNotFoundError:
+            role, cube = layout.classify(path)
+            if role is not layout.Role.KV:
+                raise
+            return self._backing.getxattr(layout.join(cube, layout.PAYLOAD), XATTR)
 
     def _live(self, cube: str, facts: CubeFacts, name: str) -> str | None:
         if name == "mounted":

@@ -77,7 +77,7 @@ def _write(store: Store, index: Index, path: str, facts: CubeFacts, usage: Usage
         if facts.frozen or facts.meta_sig not in (sig_of(found), sig_of(found).unsettled()):
             return False  # frozen, or changed under us: that version is looked at first
         meta = metadata.show(read_meta(store, path), {"behavioural": usage_group(usage)})
-        with publishing(store, name, like=found) as (fd, _):
+        with publishing(store, name, like=name) as (fd, _):
             write_all(fd, metadata.render(meta))
             os.utime(fd, ns=(found.st_atime_ns, found.st_mtime_ns))
         index.put(path, replace(facts, meta_sig=sig_of(store.stat(name))))

@@ -55,7 +55,7 @@ def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int
     Raises, and publishes nothing: KVStale where the text changed meanwhile, NotAllowed where the
     cube was frozen.
     """
-    with publishing(cube.store, cube.kv, like=text.status) as (fd, _):
+    with publishing(cube.store, cube.kv, like=cube.payload) as (fd, _):
         size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
         if cube.signature(cube.payload) != text.signature and cube.text().sha256 != text.sha256:
             raise KVStale(f"{cube.path}: the text changed while it was encoded")

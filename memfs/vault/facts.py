@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memfs.cube import adapter, fingerprint, kvfile, layout, metadata
+from memfs.cube.acl import Acl
 from memfs.errors import (
     AdapterCorrupt,
     InvalidMetadata,
@@ -25,6 +26,7 @@ from memfs.errors import (
     KVStale,
     NotAllowed,
 )
+from memfs.vault.rights import read_acl
 from memfs.vault.sig import Sig, settled_sig, sig_of
 from memfs.vault.store import Store, open_regular_at, read_all
 
@@ -64,6 +66,8 @@ class CubeFacts:
     gid: int = 0
     mode: int = 0
     """Permission bits of the same file."""
+    acl: str | None = None
+    """POSIX access list of payload.md, in hexadecimal; None where it has none but its mode."""
 
     payload_state: str = "none"
     """none or ready; a payload.md that is not a regular file is none."""
@@ -94,6 +98,14 @@ class CubeFacts:
 
     changed: float = 0.0
     """When a memory of it last changed (meta.json where it has none), seconds since 1970."""
+
+    @property
+    def access_list(self) -> Acl | None:
+        """``acl``, taken apart; None, too, where it is none that memfs understands."""
+        try:
+            return Acl.parse(bytes.fromhex(self.acl)) if self.acl else None
+        except ValueError:
+            return None
 
     def to_json(self) -> dict[str, Any]:
         """The facts as a JSON object; a field that is as by default is left out."""
@@ -267,15 +279,16 @@ def _read_payload(directory: int, found: os.stat_result | None, facts: CubeFacts
     if _unchanged(facts.payload_sig, found):
         return facts
     if found is None:
-        return replace(facts, **_NO_PAYLOAD)
+        return replace(facts, acl=None, **_NO_PAYLOAD)
     if not stat.S_ISREG(found.st_mode):
-        return replace(facts, **(_NO_PAYLOAD | {"payload_sig": sig_of(found)}))
-    sig, digest = sig_of(found), None
+        return replace(facts, acl=None, **(_NO_PAYLOAD | {"payload_sig": sig_of(found)}))
+    sig, digest, acl = sig_of(found), None, None
     try:
         fd = open_regular_at(directory, layout.PAYLOAD)
         try:
             sig = settled_sig(os.fstat(fd))
             digest = _sha256(fd)
+            acl = read_acl(fd)
         finally:
             os.close(fd)
     except (OSError, NotAllowed):
@@ -286,6 +299,7 @@ def _read_payload(directory: int, found: os.stat_result | None, facts: CubeFacts
         payload_bytes=sig.size,
         payload_sha256=digest,
         payload_sig=sig,
+        acl=acl.hex() if acl else None,
     )
 
 

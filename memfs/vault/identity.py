@@ -119,10 +119,10 @@ def _title(path: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _holder(store: Store, path: str) -> os.stat_result:
-    """The status whose owner, group and mode the new meta.json takes."""
+def _holder(store: Store, path: str) -> str:
+    """What the new meta.json takes its owner, group and mode from."""
+    payload = layout.join(path, layout.PAYLOAD)
     try:
-        payload = store.stat(layout.join(path, layout.PAYLOAD))
+        return payload if stat.S_ISREG(store.stat(payload).st_mode) else path
     except FileNotFoundError:
-        return store.stat(path)
-    return payload if stat.S_ISREG(payload.st_mode) else store.stat(path)
+        return path

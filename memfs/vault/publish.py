@@ -18,18 +18,23 @@ from collections.abc import Iterator
 
 from memfs.cube import layout
 from memfs.errors import NotAllowed
+from memfs.vault.rights import acl_bytes, write_acl
 from memfs.vault.store import Store
+
+Like = str | os.stat_result
+"""A file of the store by its path, or a status."""
 
 
 @contextlib.contextmanager
 def publishing(
-    store: Store, path: str, *, like: os.stat_result | None = None, replace: bool = True
+    store: Store, path: str, *, like: Like | None = None, replace: bool = True
 ) -> Iterator[tuple[int, str]]:
     """Gives ``(descriptor, a path that opens the same file)`` to write; published at the end.
 
     Args:
-        like: owner, group and mode (its read and write bits) of the new file; without it they are
-            what the kernel gives any new file.
+        like: owner, group, mode (its read and write bits) and access list of the new file: those
+            that a file of the store has in the end. Without it they are what the kernel gives any
+            new file.
         replace: whether a file that is there is replaced; otherwise it is FileExistsError.
 
     The file is left out and removed where the body raises.
@@ -45,7 +50,7 @@ def publishing(
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield fd, f"/proc/self/fd/{fd}"
             if like is not None:
-                _make_like(fd, like)
+                _make_like(fd, *_rights_of(store, like))
             os.fsync(fd)
             if replace:
                 os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -67,7 +72,7 @@ def publish_bytes(
     path: str,
     data: bytes,
     *,
-    like: os.stat_result | None = None,
+    like: Like | None = None,
     replace: bool = True,
 ) -> os.stat_result:
     """Publishes ``data`` at ``path``, as ``publishing`` does; the status of the new file."""
@@ -149,8 +154,16 @@ def _rename_to_free(directory: int, old: str, new: str) -> None:
         os.unlink(old, dir_fd=directory)
 
 
-def _make_like(fd: int, like: os.stat_result) -> None:
+def _rights_of(store: Store, like: Like) -> tuple[os.stat_result, bytes | None]:
+    if not isinstance(like, str):
+        return like, None
+    found = store.stat(like)
+    return found, acl_bytes(store, like) if stat.S_ISREG(found.st_mode) else None
+
+
+def _make_like(fd: int, like: os.stat_result, acl: bytes | None) -> None:
     """Owner, group and mode; rights that the wanted group had go to no other group."""
+    write_acl(fd, acl)  # also away with what the directory gives every new file
     mode = like.st_mode & 0o666
     found = os.fstat(fd)
     if (found.st_uid, found.st_gid) != (like.st_uid, like.st_gid):

@@ -165,8 +165,7 @@ class Trail:
     def _write_head(self, head: Head) -> None:
         with self._head_lock:
             if head.seq >= self._head_seq:  # else a new file was begun meanwhile
-                like = self._store.stat(TRAIL)
-                publish_bytes(self._store, HEAD, json.dumps(asdict(head)).encode(), like=like)
+                publish_bytes(self._store, HEAD, json.dumps(asdict(head)).encode(), like=TRAIL)
                 self._head_seq = head.seq
 
 
