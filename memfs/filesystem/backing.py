@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from memfs.cube import layout
 from memfs.filesystem import syscalls
+from memfs.filesystem.attributes import Status
 from memfs.filesystem.context import Context
 from memfs.vault.rename import renameat2
 from memfs.vault.store import Store
@@ -30,8 +31,10 @@ O_APPEND ``pwrite`` would ignore its offset."""
 class Backing:
     """The verbs. All of them raise OSError."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, noatime: bool = False) -> None:
+        """``noatime`` says that reading a file through this mount leaves no access time."""
         self.store = store
+        self._always = os.O_NOATIME if noatime else 0
         self.elsewhere: dict[str, str] = {}
         """A path of the mount, and the path in the store that its file has for now."""
         self.moving = threading.RLock()
@@ -53,6 +56,15 @@ class Backing:
     def status(self, path: str) -> os.stat_result:
         return self.store.stat(self.elsewhere.get(path, path))
 
+    def hidden_links(self, found: Status) -> int:
+        """How many of a file's links are names that it was unlinked by while it was open."""
+        count = 0
+        for shown, real in list(self.elsewhere.items()):
+            if is_hidden(shown):
+                with contextlib.suppress(FileNotFoundError):  # closed for good by now
+                    count += self.store.stat(real).st_ino == found.st_ino
+        return count
+
     def exists(self, path: str) -> bool:
         try:
             self.status(path)
@@ -64,7 +76,7 @@ class Backing:
         """A descriptor; one to be written can be read too, as the kernel fills pages around a
         write.
         """
-        flags &= ~_DROPPED
+        flags = flags & ~_DROPPED | self._always
         if flags & os.O_ACCMODE == os.O_WRONLY:
             flags = flags & ~os.O_ACCMODE | os.O_RDWR
         path = self.elsewhere.get(path, path)
@@ -76,6 +88,15 @@ class Backing:
             if flags & os.O_ACCMODE == os.O_RDWR:
                 flags = flags & ~os.O_ACCMODE | os.O_WRONLY
             return self.store.open_file(path, flags & ~os.O_NOATIME)
+
+    def take_setuid(self, fd: int, context: Context) -> None:
+        """Takes the setuid and setgid bits of a file whose content somebody has just emptied.
+
+        The kernel leaves that to us where the open itself empties it, and root's mount keeps them.
+        """
+        mode = os.fstat(fd).st_mode
+        if context.uid != 0 and mode & (stat.S_ISUID | stat.S_ISGID):
+            os.fchmod(fd, stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
 
     def create(self, path: str, mode: int, context: Context) -> int:
         """A descriptor of a new, empty file that belongs to the caller."""
@@ -135,7 +156,7 @@ class Backing:
         }
 
     def chmod(self, path: str, mode: int) -> None:
-        with self._reference(path) as reference:
+        with self.at(path) as (parent, name), _reference(parent, name) as reference:
             os.chmod(reference, stat.S_IMODE(mode))
 
     def chown(self, path: str, uid: int, gid: int) -> None:
@@ -195,16 +216,6 @@ class Backing:
                 continue
             yield name, stat.S_IFMT(found.st_mode), found.st_ino
 
-    @contextlib.contextmanager
-    def _reference(self, path: str) -> Iterator[str]:
-        """A path that names this very file, never what a symlink there points to."""
-        with self.at(path) as (parent, name):
-            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            yield f"/proc/self/fd/{fd}"
-        finally:
-            os.close(fd)
-
 
 def is_reserved(path: str) -> bool:
     """Whether a name is memfs's own: never shown, and not to be made by anybody else.
@@ -222,6 +233,16 @@ def is_hidden(path: str) -> bool:
     return _HIDDEN.fullmatch(layout.split(path)[1]) is not None
 
 
+@contextlib.contextmanager
+def _reference(parent: int, name: str) -> Iterator[str]:
+    """A path that names this very file, never what a symlink there points to."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
 def give(fd: int, parent: int, context: Context) -> None:
     """Gives an open file that this process made in the directory ``parent`` to the caller."""
     found = os.fstat(fd)
@@ -236,6 +257,9 @@ def _give_name(parent: int, name: str, context: Context) -> None:
     uid, gid = _owner(found, os.fstat(parent), context)
     if (uid, gid) != (found.st_uid, found.st_gid):
         os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISLNK(found.st_mode) and found.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            with _reference(parent, name) as reference:
+                os.chmod(reference, stat.S_IMODE(found.st_mode))  # chown took these bits
 
 
 def _owner(found: os.stat_result, parent: os.stat_result, context: Context) -> tuple[int, int]:

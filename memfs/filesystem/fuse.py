@@ -4,8 +4,8 @@
 mfusepy's own wrappers are kept where they pass on all that the kernel says. Those that drop a file
 handle or a flag, or copy what could be read in place, are overridden in ``_Session``.
 
-Neither ``lseek`` nor ``copy_file_range`` is defined (mfusepy cannot mount with them), nor locks,
-which the kernel then keeps by itself. Every callback runs in a thread of libfuse's.
+``copy_file_range`` is not defined, so the kernel copies by reading and writing; nor are locks,
+which it then keeps by itself. Every callback runs in a thread of libfuse's.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class _Callbacks(mfusepy.Operations):
     def getattr(self, path: str, fh: Any = None) -> dict[str, Any]:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), path)
 
-    read = write = rename = chmod = chown = truncate = utimens = getattr
+    read = write = lseek = rename = chmod = chown = truncate = utimens = getattr
 
     def readlink(self, path: str) -> str:
         return self.tree.readlink(path[1:])
@@ -315,7 +315,7 @@ class _Session(mfusepy.FUSE):
 
     def getattr_fuse_3(self, raw: bytes | None, buffer: Any, info: Any) -> None:
         handle = self._handle(info)
-        found = handle.status() if handle is not None else None
+        found = self._tree.open_status(handle) if handle is not None else None
         if found is None:
             found = self._tree.status(self._target(raw, info))
         _fill(buffer, found)
@@ -329,6 +329,9 @@ class _Session(mfusepy.FUSE):
         if isinstance(handle, Staged):
             handle.written_by(info.contents.lock_owner)
         return handle.write(_memory(buffer, size), offset)
+
+    def lseek(self, raw: bytes | None, offset: int, whence: int, info: Any) -> int:
+        return self._tree.handles.get(info.contents.fh).seek(offset, whence)
 
     def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> int:
         self._tree.names.rename(self._path(old), self._path(new), flags)

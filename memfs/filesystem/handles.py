@@ -55,6 +55,13 @@ class Handle:
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
+    def seek(self, offset: int, whence: int) -> int:
+        """Where data or a hole begins from ``offset`` on: SEEK_DATA, SEEK_HOLE.
+
+        Whoever copies a file goes without, where a kind of file cannot say it.
+        """
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
     def status(self) -> Status | None:
         """What ``fstat`` answers; None where the path is to be asked."""
         return None
@@ -102,6 +109,9 @@ class OpenFile(Handle):
     def fallocate(self, mode: int, offset: int, length: int) -> None:
         self._require_writable()
         syscalls.fallocate(self.fd, mode, offset, length)
+
+    def seek(self, offset: int, whence: int) -> int:
+        return os.lseek(self.fd, offset, whence)  # nothing else uses the descriptor's position
 
     def status(self) -> Status | None:
         return os.fstat(self.fd)

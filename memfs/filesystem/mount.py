@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import select
 import shutil
 import stat
@@ -293,7 +294,8 @@ def _serve(
         format="%(asctime)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    server = Server(store, record, wanted.config)
+    _allow_open_files()
+    server = Server(store, record, wanted.config, noatime="noatime" in wanted.options)
 
     def started() -> None:
         server.start()
@@ -307,6 +309,17 @@ def _serve(
     finally:
         registry.remove(record.mountpoint)
         held.release()
+
+
+def _allow_open_files() -> None:
+    """As many descriptors as this process may have: it opens all that its users have open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError, ValueError):
+            system = int(Path("/proc/sys/fs/nr_open").read_text())
+            resource.setrlimit(resource.RLIMIT_NOFILE, (system, system))
+            return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _fuse_options(record: MountRecord) -> dict[str, str | bool]:

@@ -76,6 +76,8 @@ class Opening:
         if role in STAGED:
             return self._blobs.open(path, role, cube, flags)
         fd = self._backing.open(path, flags)
+        if flags & os.O_TRUNC:
+            self._backing.take_setuid(fd, self._context())
         if writing and role in _TOLD_OF:
             return OpenPayload(path, fd, self.written, dirty=bool(flags & os.O_TRUNC))
         return OpenFile(path, fd, passes=not writing)

@@ -40,13 +40,16 @@ _SWITCH_SECONDS = 0.0005
 class Server:
     """One mount: its tree, its catalogue, its link to the runtime."""
 
-    def __init__(self, store: Store, record: MountRecord, config: Config) -> None:
+    def __init__(
+        self, store: Store, record: MountRecord, config: Config, *, noatime: bool = False
+    ) -> None:
         self._store = store
         self._mountpoint = record.mountpoint
         self._catalogue = Catalogue(store, self._cube_changed, config.versions_budget_bytes)
         self._link = Link(config, str(store.root), self)
         facts = MountFacts(record.store, record.mountpoint, config.mount_on_read)
-        self._tree = Tree(facts, Backing(store), self._catalogue, self._link, fuse.context)
+        backing = Backing(store, noatime=noatime)
+        self._tree = Tree(facts, backing, self._catalogue, self._link, fuse.context)
 
     def serve(self, options: Mapping[str, str | bool], started: Callable[[], None]) -> None:
         """Serves until the mount ends; ``started`` is called when it can be used."""

@@ -100,10 +100,12 @@ class Tree:
         if role in STAGED:
             return self._blobs.status(path, role, cube)
         self._require_shown(path)
-        found = self._backing.status(path)
-        if self.names.is_hidden(path):
-            return altered(found, st_nlink=found.st_nlink - 1)
-        return found
+        return self._links_counted(self._backing.status(path), self.names.is_hidden(path))
+
+    def open_status(self, handle: Handle) -> Status | None:
+        """What ``fstat`` answers, where the open file says it; else its path is to be asked."""
+        found = handle.status()
+        return None if found is None else self._links_counted(found, handle.path is None)
 
     def entries(self, handle: Handle) -> Iterator[tuple[str, int, int]]:
         """Name, kind and inode of what is in an open directory, ``.`` and ``..`` included."""
@@ -191,6 +193,17 @@ class Tree:
                 # memfs made it a moment ago, and whoever copies a cube here brings the real one.
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return shown_as(found, len(self._headers.shown(cube)))
+
+    def _links_counted(self, found: Status, hidden: bool) -> Status:
+        """``found`` without the links by which files are kept that were unlinked while open.
+
+        libfuse takes one off by itself for a file that it knows as ``hidden``, where one is left.
+        """
+        kept = self._backing.hidden_links(found) if self._backing.elsewhere else 0
+        if not kept:
+            return found
+        links = found.st_nlink - kept
+        return altered(found, st_nlink=links + 1 if links and hidden else links)
 
     def _acl_before(self, path: str, name: str) -> Acl | None:
         """The access list of a text that is about to get another one; else None."""

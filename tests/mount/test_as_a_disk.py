@@ -1,0 +1,88 @@
+"""What a disk does that a mount easily does not: each was found by a suite from outside."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import mounted_at, needs_root
+from .test_posix import as_user, open_place
+
+__all__ = ["open_place"]  # a fixture
+
+
+@needs_root
+def test_a_node_made_by_another_keeps_its_setgid_bit(open_place: Path) -> None:
+    code = "import os, sys; os.umask(0); os.mkfifo(sys.argv[1], 0o2755)"
+    assert as_user(1234, 2345, code, open_place / "fifo").stderr == ""
+    found = (open_place / "fifo").stat()
+    assert (found.st_mode, found.st_uid) == (stat.S_IFIFO | 0o2755, 1234)
+
+
+@needs_root
+def test_emptying_by_another_takes_the_setuid_bits(open_place: Path) -> None:
+    file = open_place / "program"
+    file.write_text("x")
+    for emptied in ("open(sys.argv[1], 'w')", "os.truncate(sys.argv[1], 0)"):
+        file.chmod(0o6777)
+        code = f"import os, sys; {emptied}"
+        assert as_user(1234, 2345, code, file).stderr == ""
+        assert stat.S_IMODE(file.stat().st_mode) == 0o777, emptied
+    file.chmod(0o6777)
+    file.write_text("root may")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o6777
+
+
+def test_a_file_unlinked_while_open_leaves_the_right_number_of_links(place: Path) -> None:
+    (place / "a").write_text("x")
+    os.link(place / "a", place / "b")
+    with (place / "a").open() as opened:
+        os.unlink(place / "a")
+        assert os.stat(place / "b").st_nlink == 1
+        assert opened.read() == "x"
+        time.sleep(0.1)  # what the kernel knew of the file under its other name is forgotten
+        assert os.fstat(opened.fileno()).st_nlink == 1
+        os.unlink(place / "b")
+        time.sleep(0.1)
+        assert os.fstat(opened.fileno()).st_nlink == 0
+
+
+def test_data_and_holes_are_found(place: Path) -> None:
+    fd = os.open(place / "sparse", os.O_RDWR | os.O_CREAT)
+    os.pwrite(fd, b"x" * 4096, 1 << 20)
+    os.ftruncate(fd, 3 << 20)
+    assert os.lseek(fd, 0, os.SEEK_DATA) == 1 << 20
+    assert os.lseek(fd, 1 << 20, os.SEEK_HOLE) == (1 << 20) + 4096
+    with pytest.raises(OSError, match="No such device") as raised:
+        os.lseek(fd, 2 << 20, os.SEEK_DATA)
+    assert raised.value.errno == errno.ENXIO
+    os.close(fd)
+
+
+def test_more_files_are_open_than_the_mount_was_started_with_leave_for(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = 600
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count // 2, hard))
+    try:
+        with mounted_at(tmp_path) as mount:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2 * count), hard))
+            opened = [(mount.dir / str(i)).open("w") for i in range(count)]
+            for file in opened:
+                file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_noatime_leaves_no_access_times(tmp_path: Path) -> None:
+    with mounted_at(tmp_path, "-o", "noatime") as mount:
+        file = mount.dir / "file"
+        file.write_text("x")
+        os.utime(file, ns=(10**18, 10**18))
+        assert file.read_text() == "x"
+        assert file.stat().st_atime_ns == 10**18
