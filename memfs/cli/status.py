@@ -22,6 +22,9 @@ examples:
 
 Facts = dict[str, Any]
 
+_REFUSALS = 3
+"""How many refusals are shown, the last ones."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a mount, or a path in one")
@@ -82,6 +85,9 @@ def _print(facts: Facts, log: str) -> None:
         noun = "cube" if cubes == 1 else "cubes"
         count = "" if cubes is None else f"  {output.number(cubes)} {noun}"
         print(f"{output.plain(mount['mountpoint'])}  on {output.plain(mount['store'])}{count}")
+        headers = [found for found in mount.get("refusals", ()) if found.get("kind") == "meta"]
+        for refusal in headers[-_REFUSALS:]:
+            _print_refusal(refusal["path"], refusal)
     if not facts["mounts"]:
         print("no store is mounted (memfs mount STORE DIR)")
     if facts["state"] == "stopped":
@@ -95,8 +101,13 @@ def _print(facts: Facts, log: str) -> None:
     if facts["mounted"]:
         header = ("cube", "kind", "tokens", "bytes", "tier", "hits", "")
         print(output.table(map(_row, facts["mounted"]), header))
-    for refusal in facts["refusals"][-3:]:
-        print(f"refused {refusal['cube']} at {refusal['time']}: {refusal['reason']}")
+    for refusal in facts["refusals"][-_REFUSALS:]:
+        _print_refusal(refusal["cube"], refusal)
+
+
+def _print_refusal(cube: str, refusal: Facts) -> None:
+    name, reason = output.plain(cube), output.plain(refusal["reason"])
+    print(f"refused {name} at {refusal['time']}: {reason}")
 
 
 def _model_line(facts: Facts) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memfs.config import Config
 from memfs.cube import layout
+from memfs.cube.metadata import rfc3339
 from memfs.errors import IndexDamaged, NotAllowed
 from memfs.filesystem import audit
 from memfs.filesystem.context import Context
@@ -36,6 +38,7 @@ SMALL_KV = 32 << 20
 """Bytes of a KV cache that are checked at once, some ten milliseconds; a larger one later."""
 
 _RECENT = 8192
+_REFUSALS = 20
 _FRESH_SECONDS = 600.0
 _TICK_NS = 20_000_000
 """The kernel's clock for file times may be behind by so much."""
@@ -61,6 +64,8 @@ class Catalogue:
         self.handles = HandleTable()
         """The open files of the mount: they tell who is writing, and hear of a cube that froze."""
         self.history = Historian(store, self.keeper, versions_budget)
+        self.refusals: deque[dict[str, Any]] = deque(maxlen=_REFUSALS)
+        """What was refused lately, with the reasons, for ``status``."""
         self._changed = changed
         self._trail: Trail | None = None
         self._untold: dict[str, CubeFacts | None] = {}
@@ -192,7 +197,12 @@ class Catalogue:
             )
 
     def log(self, event: dict[str, Any]) -> None:
-        """Adds to the audit trail. A store that cannot be written has none."""
+        """Adds to the audit trail, and a refusal to those that ``status`` shows.
+
+        A store that cannot be written has no trail.
+        """
+        if event.get("event") == "refused":
+            self.refusals.append({"time": rfc3339(), **event})
         if self._trail is not None:
             self._trail.append(event)
 

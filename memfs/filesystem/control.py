@@ -173,7 +173,7 @@ class Control:
                     for cube, found in state.mounted.items()
                 ],
             }
-        refusals = list(self._link.refusals)
+        refusals = list(self._catalogue.refusals)
         mounted = [line for line in runtime["mounted"] if line["store"] == self._mount.store]
         if uid is not None:
             mounted = [line for line in mounted if uid in line.get("sessions", ())]

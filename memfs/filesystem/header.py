@@ -18,6 +18,7 @@ from memfs.cube import access_list, layout, metadata
 from memfs.cube.access import owner_names
 from memfs.cube.metadata import Meta
 from memfs.errors import InvalidMetadata, NotAllowed
+from memfs.filesystem import audit
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
@@ -118,15 +119,32 @@ class Headers:
             known = self._rendered.get(cube)
             return metadata.parse(known[2]) if known else None
 
-    def keep_rejected(
-        self, cube: str, text: bytes, found: os.stat_result, context: Context
+    def reject(
+        self,
+        cube: str,
+        text: bytes,
+        found: os.stat_result,
+        context: Context,
+        error: InvalidMetadata | PermissionError,
     ) -> None:
-        """Keeps the text of a refused header beside the one that stands, as the writer's file."""
+        """Tells of a refused header, and keeps its text beside the one that stands.
+
+        Args:
+            found: the status of the file that it was in; the kept one is the writer's own.
+        """
+        reason = f"meta.json: {error.strerror}" if isinstance(error, OSError) else str(error)
         if text and not self._guard.is_frozen(cube):
             path = layout.join(cube, layout.REJECTED)
             ids = (context.uid, context.gid)
             like = os.stat_result((found.st_mode, 0, 0, 1, *ids, len(text), 0, 0, 0))
-            publish_bytes(self._backing.store, path, text, like=like)
+            try:
+                publish_bytes(self._backing.store, path, text, like=like)
+            except OSError as e:
+                reason += f" (what was written could not be kept: {e.strerror})"
+            else:
+                reason += f" (what was written is in {layout.REJECTED})"
+        event = {"event": "refused", "path": cube, "kind": "meta", "reason": reason}
+        self._catalogue.log(event | audit.actor(context))
 
 
 def _live(facts: CubeFacts, usage: Usage | None) -> Meta:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -28,7 +27,6 @@ RETRY_SECONDS = 1.0
 TELL_SECONDS = 5.0
 """How long the runtime may take to hear of a change; it answers that without using the model."""
 _MOUNTERS = 4
-_REFUSALS = 20
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,6 @@ class Link:
 
     def __init__(self, config: Config, store: str, listener: Listener) -> None:
         self.state = RuntimeState()
-        self.refusals: deque[dict[str, Any]] = deque(maxlen=_REFUSALS)
         self._config = config
         self._store = store
         self._listener = listener
@@ -272,8 +269,6 @@ class Link:
             return
         if kind in ("mounted", "unmounted"):
             self._set_mounted(path, event, there=kind == "mounted")
-        elif kind == "refused":
-            self.refusals.append(event)
         self._listener.happened(event)
 
     def _set_mounted(self, path: str, event: dict[str, Any], *, there: bool) -> None:
@@ -342,5 +337,4 @@ class Link:
 
     def _refused(self, path: str, kind: str, uid: int, error: MemfsError) -> None:
         event = {"event": "refused", "path": path, "kind": kind, "uid": uid, "reason": str(error)}
-        self.refusals.append(event)
         self._listener.happened(event)

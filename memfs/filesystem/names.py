@@ -141,8 +141,11 @@ class Names:
             except FileNotFoundError:
                 pass  # there was none before
         else:
-            with self._backing.moving:
-                self._backing.elsewhere[hidden] = self._put_aside(path, layout.split(hidden)[1])
+            try:
+                with self._backing.moving:
+                    self._backing.elsewhere[hidden] = self._put_aside(path, layout.split(hidden)[1])
+            except FileNotFoundError:
+                pass  # it was refused and stands nowhere, but the last close is still on its way
             self._handles.unlinked(path, hidden)
             if layout.classify(path)[0] is Role.META:
                 self._replaced[path] = hidden
@@ -188,8 +191,8 @@ class Names:
             base = None
         try:
             data = self._headers.accept(cube, text, base, self._context())
-        except (InvalidMetadata, PermissionError):
-            self._headers.keep_rejected(cube, text, found, self._context())
+        except (InvalidMetadata, PermissionError) as e:
+            self._headers.reject(cube, text, found, self._context(), e)
             raise
         return None if data == text else (target, data)
 

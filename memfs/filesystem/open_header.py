@@ -71,8 +71,8 @@ class OpenHeader(Staged):
             return False
         try:
             data = self._headers.accept(cube, text, self._base, self._context)
-        except (InvalidMetadata, PermissionError):
-            self._headers.keep_rejected(cube, text, found, self._context)
+        except (InvalidMetadata, PermissionError) as e:
+            self._headers.reject(cube, text, found, self._context, e)
             raise
         if data != text:
             os.pwrite(self._fd, data, 0)

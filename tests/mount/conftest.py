@@ -20,6 +20,8 @@ from memfs.filesystem import registry
 from memfs.filesystem.mount import log_path
 from memfs.runtime.client import RuntimeClient, connect, stop
 
+pytest.register_assert_rewrite(f"{__package__}.desk")
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Mount, needs_root, until
+from .conftest import Mount, memfs, needs_root, until
 from .kvmaker import kv_file
 from .test_posix import as_user
 
@@ -324,6 +324,41 @@ def test_an_editor_that_renames_the_old_header_away(mount: Mount) -> None:
     assert shown["descriptive"] == meta["descriptive"]
     assert shown["behavioural"]["reads"] == 0
     assert stat.S_IMODE((cube / "payload.md").stat().st_mode) == 0o600
+
+
+def test_the_old_header_comes_back_while_a_refused_one_is_still_open(mount: Mount) -> None:
+    """As vim does it: it closes, is refused, and renames its backup back at once."""
+    cube = mount.cube("law")
+    before = (cube / "meta.json").read_text()
+    os.rename(cube / "meta.json", cube / "meta.json~")
+    with (cube / "meta.json").open("w") as opened:
+        opened.write("{ bad")
+        opened.flush()
+        with pytest.raises(OSError, match="Invalid"):
+            os.close(os.dup(opened.fileno()))
+        os.rename(cube / "meta.json~", cube / "meta.json")
+        assert (cube / "meta.json").read_text() == before
+    assert (cube / "meta.json").read_text() == before
+    assert sorted(os.listdir(cube)) == ["meta.json", "meta.json.rejected", "payload.md"]
+
+
+def test_a_refusal_is_told_of(mount: Mount) -> None:
+    cube = mount.cube("law")
+    with pytest.raises(OSError, match="Invalid"):
+        (cube / "meta.json").write_text('{"memfs": 1}')
+    (refusal,) = mount.status()["refusals"]
+    assert (refusal["path"], refusal["kind"], refusal["uid"]) == ("law", "meta", os.getuid())
+    assert "must contain ['descriptive']" in refusal["reason"]
+    assert "what was written is in meta.json.rejected" in refusal["reason"]
+    assert f"law: {refusal['reason']}" in (mount.dir / ".memfs/status").read_text()
+    (event,) = [
+        event
+        for event in map(json.loads, (mount.dir / ".memfs/events").read_text().splitlines())
+        if event["event"] == "refused"
+    ]
+    assert event["reason"] == refusal["reason"]
+    shown = memfs("status", mount.dir, **mount.env).stdout
+    assert f"refused law at {refusal['time']}: {refusal['reason']}" in shown
 
 
 @needs_root

@@ -1,0 +1,139 @@
+"""A cube on a mount and the same files on the disk, to do to both what one does at a desk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memfs.index.rebuild import MODEL, open_or_empty
+from memfs.vault.store import Store
+
+from . import kvmaker
+from .conftest import Mount, memfs, mounted_at, until
+
+TEXT = "First line.\nSecond line, with ünïcödé.\n"
+OTHER = TEXT.replace("First", "Changed")
+
+
+class Pair(NamedTuple):
+    """A cube on the mount, and its twin: a directory on the disk with the same files."""
+
+    cube: Path
+    native: Path
+
+    @property
+    def name(self) -> str:
+        return self.cube.name
+
+
+class Desk:
+    """A mount and a native directory beside it."""
+
+    def __init__(self, root: Path, mount: Mount) -> None:
+        self.root = root
+        self.mount = mount
+        (root / "native").mkdir()
+        self.made: dict[str, dict[str, Any]] = {}
+        """The descriptive part of each cube's header, as it should be."""
+
+    def pair(self, name: str) -> Pair:
+        """A new cube with a KV cache that is ready, and its twin."""
+        cube, native = self.mount.cube(name, TEXT), self.root / "native" / name
+        native.mkdir()
+        (cube / "kv.safetensors").write_bytes(kvmaker.kv_file(TEXT.encode()))
+        for file in ("payload.md", "meta.json", "kv.safetensors"):
+            (native / file).write_bytes((self.mount.store / name / file).read_bytes())
+        self.made[name] = self.mount.meta(name)["descriptive"]
+        self.require(name, TEXT, "ready")
+        return Pair(cube, native)
+
+    def both(self, action: Callable[[Path], None], pair: Pair) -> None:
+        """Does the same in both directories, at once; what it leaves there is the same."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(action, pair))
+        self.require_alike(pair)
+
+    def require_alike(self, pair: Pair) -> None:
+        """The directories look the same, soon: emacs says that it has saved, and then tidies."""
+        with contextlib.suppress(AssertionError):
+            until(lambda: look(pair.cube) == look(pair.native), 5.0)
+        assert look(pair.cube) == look(pair.native)
+        left = os.listdir(self.mount.store / pair.name)
+        assert not [name for name in left if name.startswith(".memfs")]
+
+    def require(self, name: str, text: str, kv: str) -> None:
+        """The cube has this text, the KV cache is in this state, and all else is as it was."""
+        payload = self.mount.dir / name / "payload.md"
+        with contextlib.suppress(AssertionError):
+            until(lambda: payload.read_text() == text, 5.0)
+        assert payload.read_text() == text
+        assert (self.mount.store / name / "payload.md").read_text() == text
+        meta = self.mount.meta(name)
+        assert meta["state"]["kv"]["state"] == kv
+        assert meta["descriptive"] == self.made[name]
+        identity = os.getxattr(self.mount.dir / name, "user.memfs.id").decode()
+        assert identity == self.made[name]["id"]
+        assert self.mount.status()["index"]["cubes"] == len(self.made)
+
+    def require_refused(self, name: str, rejected: str) -> None:
+        """A header was refused: the old one stands, the text is kept, and both are told of."""
+        self.require(name, TEXT, "ready")
+        assert (self.mount.dir / name / "meta.json.rejected").read_text() == rejected
+        refusal = self.mount.status()["refusals"][-1]
+        assert (refusal["path"], refusal["kind"]) == (name, "meta")
+        assert "meta.json is not valid" in refusal["reason"]
+        assert "meta.json.rejected" in refusal["reason"]
+        control = self.mount.dir / ".memfs"
+        assert f"{name}: {refusal['reason']}" in (control / "status").read_text()
+        event = json.loads((control / "events").read_text().splitlines()[-1])
+        assert (event["event"], event["path"]) == ("refused", name)
+        assert event["reason"] == refusal["reason"]
+
+
+def look(directory: Path) -> dict[str, tuple[object, ...]]:
+    """What ``ls -la`` shows, with the sizes of texts only; of what memfs adds, nothing."""
+    found: dict[str, tuple[object, ...]] = {}
+    for name in os.listdir(directory):
+        if name == "meta.json.rejected":
+            continue
+        try:
+            status = (directory / name).lstat()
+        except FileNotFoundError:
+            continue  # an editor is tidying
+        size = status.st_size if name.startswith("payload.md") else None
+        owner = (status.st_uid, status.st_gid, status.st_nlink)
+        found[name] = (stat.filemode(status.st_mode), *owner, size)
+    return found
+
+
+@contextlib.contextmanager
+def open_desk() -> Iterator[Desk]:
+    """A desk for the tests of a module; in the end the cubes, and they alone, are in the index.
+
+    It is not in /tmp, where emacs makes no backups.
+    """
+    root = Path(tempfile.mkdtemp(prefix="memfs-", dir="/var/tmp"))
+    root.chmod(0o755)
+    try:
+        (root / "store").mkdir()
+        with Store.open(root / "store") as store:
+            index, _ = open_or_empty(store)
+            index.set_info(MODEL, kvmaker.MODEL)  # so that a KV cache can be ready
+            index.close()
+        with mounted_at(root) as mount:
+            until(mount.has_index)
+            desk = Desk(root, mount)
+            yield desk
+            found = json.loads(memfs("index", "find", "--json", mount.dir).stdout)
+            assert sorted(cube["path"] for cube in found) == sorted(desk.made)
+            memfs("index", "check", mount.dir)
+    finally:
+        shutil.rmtree(root)
