@@ -24,11 +24,13 @@ test_packages=(
     inotify-tools:inotifywait
     iproute2:ip
     libc6-dev:/usr/include/stdio.h
+    libglib2.0-bin:gio
     make:make
     moreutils:sponge
     nano:nano
     openssh-client:ssh
     openssh-server:sshd
+    patch:patch
     rsync:rsync
     sqlite3:sqlite3
     strace:strace

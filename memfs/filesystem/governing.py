@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import grp
-import os
 import pwd
 import stat
 from collections.abc import Mapping
@@ -66,7 +65,7 @@ class Governing:
 
     def is_owner(self, cube: str, context: Context) -> bool:
         """Whether the caller may change the rights of a cube."""
-        return context.uid in (0, self._backing.status(self._holder(cube)).st_uid)
+        return context.uid in (0, self._backing.status(self.holder(cube)).st_uid)
 
     def carry_out(self, cube: str, wanted: Wishes, context: Context) -> None:
         """Changes the rights of a cube.
@@ -76,7 +75,7 @@ class Governing:
             InvalidMetadata: there is no such user or group.
             OSError: EOPNOTSUPP where the store's filesystem has no access lists.
         """
-        path = self._holder(cube)
+        path = self.holder(cube)
         governs = context.uid == 0 or wanted.plain.keys() <= {"mode"}
         if not governs or not self.is_owner(cube, context):
             raise self.refuse(cube, "only its owner governs it")
@@ -120,9 +119,9 @@ class Governing:
     def refuse(self, cube: str, why: str) -> PermissionError:
         """The error of a refusal, of which the trail is told."""
         self._guard.denied(cube, "write", why, file=layout.join(cube, layout.META))
-        return PermissionError(errno.EPERM, os.strerror(errno.EPERM), cube)
+        return PermissionError(errno.EPERM, why, cube)
 
-    def _holder(self, cube: str) -> str:
+    def holder(self, cube: str) -> str:
         """The file whose owner, group and mode are the cube's."""
         path = layout.join(cube, layout.PAYLOAD)
         return path if self._backing.exists(path) else cube

@@ -10,6 +10,7 @@ thread.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +29,9 @@ from memfs.index.history import usage_group
 from memfs.index.records import Usage
 from memfs.vault import identity
 from memfs.vault.facts import CubeFacts
-from memfs.vault.publish import publish_bytes
+from memfs.vault.publish import publish_bytes, publishing, write_all
+
+log = logging.getLogger(__name__)
 
 _KEPT = 2048
 """Rendered headers remembered: ``ls -l`` needs each one's length, and opening it the rest."""
@@ -125,9 +128,9 @@ class Headers:
         text: bytes,
         found: os.stat_result,
         context: Context,
-        error: InvalidMetadata | PermissionError,
+        error: InvalidMetadata | OSError,
     ) -> None:
-        """Tells of a refused header, and keeps its text beside the one that stands.
+        """Tells of a refused header, and keeps its text beside the old one, which stands.
 
         Args:
             found: the status of the file that it was in; the kept one is the writer's own.
@@ -145,6 +148,25 @@ class Headers:
                 reason += f" (what was written is in {layout.REJECTED})"
         event = {"event": "refused", "path": cube, "kind": "meta", "reason": reason}
         self._catalogue.log(event | audit.actor(context))
+        self._put_back(cube)
+
+    def _put_back(self, cube: str) -> None:
+        """The header stands again that a program took away before its new one was refused."""
+        known, facts = self._rendered.get(cube), self._catalogue.facts(cube)
+        if known is None or facts is None or facts.meta_sig is not None or facts.id != known[0].id:
+            return
+        meta, before = metadata.parse(known[2]), known[0].meta_sig
+        _take(meta, {}, "state", metadata.LIVE["state"])
+        path = layout.join(cube, layout.META)
+        like = self._backing.status(self._governing.holder(cube))
+        try:
+            with publishing(self._backing.store, path, like=like, replace=False) as (fd, _):
+                write_all(fd, metadata.render(meta))
+                if before is not None:  # an editor takes another time for somebody else's change
+                    os.utime(fd, ns=(before.mtime_ns, before.mtime_ns))
+        except OSError as e:
+            log.warning("%s: its header is not back: %s", cube, e.strerror)
+        self._catalogue.touch(cube, header=True)
 
 
 def _live(facts: CubeFacts, usage: Usage | None) -> Meta:

@@ -191,7 +191,7 @@ class Names:
             base = None
         try:
             data = self._headers.accept(cube, text, base, self._context())
-        except (InvalidMetadata, PermissionError) as e:
+        except (InvalidMetadata, OSError) as e:
             self._headers.reject(cube, text, found, self._context(), e)
             raise
         return None if data == text else (target, data)

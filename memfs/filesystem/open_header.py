@@ -71,7 +71,7 @@ class OpenHeader(Staged):
             return False
         try:
             data = self._headers.accept(cube, text, self._base, self._context)
-        except (InvalidMetadata, PermissionError) as e:
+        except (InvalidMetadata, OSError) as e:
             self._headers.reject(cube, text, found, self._context, e)
             raise
         if data != text:

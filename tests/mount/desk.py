@@ -47,6 +47,9 @@ class Desk:
     def pair(self, name: str) -> Pair:
         """A new cube with a KV cache that is ready, and its twin."""
         cube, native = self.mount.cube(name, TEXT), self.root / "native" / name
+        meta = self.mount.meta(name)
+        meta["descriptive"]["tags"] = ["edited"]  # memfs's own first header may be made anew
+        (cube / "meta.json").write_text(json.dumps(meta))
         native.mkdir()
         (cube / "kv.safetensors").write_bytes(kvmaker.kv_file(TEXT.encode()))
         for file in ("payload.md", "meta.json", "kv.safetensors"):
@@ -93,9 +96,9 @@ class Desk:
         assert "meta.json.rejected" in refusal["reason"]
         control = self.mount.dir / ".memfs"
         assert f"{name}: {refusal['reason']}" in (control / "status").read_text()
-        event = json.loads((control / "events").read_text().splitlines()[-1])
-        assert (event["event"], event["path"]) == ("refused", name)
-        assert event["reason"] == refusal["reason"]
+        events = map(json.loads, (control / "events").read_text().splitlines())
+        event = [event for event in events if event["event"] == "refused"][-1]
+        assert (event["path"], event["reason"]) == (name, refusal["reason"])
 
 
 def look(directory: Path) -> dict[str, tuple[object, ...]]:

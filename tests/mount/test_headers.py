@@ -342,6 +342,29 @@ def test_the_old_header_comes_back_while_a_refused_one_is_still_open(mount: Moun
     assert sorted(os.listdir(cube)) == ["meta.json", "meta.json.rejected", "payload.md"]
 
 
+@pytest.mark.parametrize("take_away", ["unlink", "rename"])
+def test_the_old_header_stands_though_it_was_taken_away(mount: Mount, take_away: str) -> None:
+    """As git, install and sed -i~ do it, which do not bring it back."""
+    cube = mount.cube("law")
+    rewritten(cube / "meta.json", tags=["a"], extra=[1])
+    before = (cube / "meta.json").read_text()
+    if take_away == "unlink":
+        (cube / "meta.json").unlink()
+    else:
+        os.rename(cube / "meta.json", cube / "meta.json~")
+    file = (cube / "meta.json").open("x")
+    file.write("{ bad")
+    with pytest.raises(OSError, match="Invalid"):
+        file.close()
+    assert (cube / "meta.json").read_text() == before
+    assert (cube / "meta.json.rejected").read_text() == "{ bad"
+    shutil.rmtree(cube)
+    (cube / "meta.json").parent.mkdir()
+    with pytest.raises(OSError, match="Invalid"):
+        (cube / "meta.json").write_text("{ bad")
+    assert os.listdir(cube) == ["meta.json.rejected"]
+
+
 def test_a_refusal_is_told_of(mount: Mount) -> None:
     cube = mount.cube("law")
     with pytest.raises(OSError, match="Invalid"):
