@@ -28,13 +28,16 @@ what is measured:
   ttft     time to first token: the text prefilled, its KV cache from the file, and resident
   mount    KV caches from the page cache into the model, beside a plain copy of their bytes
   start    until a mount can be used, and until the model can
+  fs       a mount beside the disk it lies on and beside a FUSE program in C
 
 examples:
   memfs bench ttft
   memfs bench ttft --tokens 1024,4096 --runs 9 --json
   memfs bench mount --device cuda
+  memfs bench fs --dir /mnt/disk --fuse ./passthrough_fh
 
-Medians of paired runs. It uses a store of its own, and a runtime that it starts and stops.
+Medians of paired runs. It uses a store of its own, and a runtime that it starts and stops. fs needs
+no model; as root it also empties the kernel's caches of names before each find.
 """
 
 QUESTION = "What did the keeper write in the log that evening?"
@@ -44,7 +47,7 @@ Facts = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("ttft", "mount", "start"), help="what to measure")
+    parser.add_argument("what", choices=("ttft", "mount", "start", "fs"), help="what to measure")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="counted runs (5)")
     parser.add_argument(
         "--tokens",
@@ -53,11 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="lengths of the memories (256,1024,2048,4096,7168)",
     )
+    parser.add_argument(
+        "--files", type=int, default=100_000, metavar="N", help="fs: that find sees (100000)"
+    )
+    parser.add_argument("--dir", help="fs: on the disk to be measured (where temporary files go)")
+    parser.add_argument(
+        "--fuse",
+        metavar="PROGRAM",
+        help="fs: in C, called with a directory and a mountpoint (passthrough_hp,"
+        " passthrough_fh or bindfs, the first on the PATH)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     targets.add_model_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.what == "fs":
+        return _fs(args)
     config = Config.load(model=args.model, device=args.device, dtype=args.dtype)
     with output.Progress() as progress:
         measure = {"ttft": _ttft, "mount": _mount, "start": _start}[args.what]
@@ -69,6 +84,20 @@ def run(args: argparse.Namespace) -> int:
     print(f"{facts['date']}, {facts['machine']}, median of {args.runs} paired runs")
     columns = list(lines[0])
     print(output.table([[_cell(c, line[c]) for c in columns] for line in lines], columns))
+    return 0
+
+
+def _fs(args: argparse.Namespace) -> int:
+    from memfs.cli import bench_fs
+
+    with output.Progress() as progress:
+        facts = bench_fs.run(args.runs, args.files, args.dir, args.fuse, progress.update)
+    facts = {**_machine(), "runs": args.runs, **facts}
+    if args.json:
+        output.print_json(facts)
+        return 0
+    print(f"{facts['date']}, {facts['machine']}, median (range) of {args.runs} paired runs")
+    bench_fs.print_facts(facts)
     return 0
 
 
