@@ -26,7 +26,8 @@ from memfs.filesystem.measure import Place
 
 C_PROGRAMS = ("passthrough_hp", "passthrough_fh", "bindfs")
 """FUSE programs in C that show a directory as it is: the first two are examples of libfuse's."""
-MOUNT_SECONDS = 10.0
+QUIET_SECONDS = 1.5
+"""An index that takes in nothing new for so long is complete."""
 
 Facts = dict[str, Any]
 Say = Callable[[str], None]
@@ -201,31 +202,26 @@ def _memfs_mount(store: Path, mountpoint: Path, options: str) -> Iterator[Path]:
 
 def _await_index(mountpoint: Path) -> None:
     """The new store's cubes are read once; that is no part of what is measured."""
-    known, stable = -1, 0
-    while stable < 3:
-        time.sleep(1)
+    known, since = -1, time.monotonic()
+    while time.monotonic() - since < QUIET_SECONDS:
         now = _status(mountpoint)["index"]["cubes"]
-        stable = stable + 1 if now is not None and now == known else 0
-        known = now
+        if now is None or now != known:
+            known, since = now, time.monotonic()
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
 def _c_mount(program: str, store: Path, mountpoint: Path) -> Iterator[Path]:
     mountpoint.mkdir(exist_ok=True)
     if os.path.basename(program) == "passthrough_fh":  # shows all of ``/``
-        command = [program, "-f", "-o", f"modules=subdir,subdir={store}", str(mountpoint)]
+        command = [program, "-o", f"modules=subdir,subdir={store}", str(mountpoint)]
     else:
-        command = [program, "-f", str(store), str(mountpoint)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        command = [program, str(store), str(mountpoint)]
+    # It goes to the background by itself once it has mounted.
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode or not os.path.ismount(mountpoint):
+        raise MountFailed(f"{program} did not mount: {(done.stderr or done.stdout).strip()}")
     try:
-        deadline = time.monotonic() + MOUNT_SECONDS
-        while not os.path.ismount(mountpoint):
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                said = process.communicate()[1].decode(errors="replace").strip()
-                raise MountFailed(f"{program} did not mount: {said or 'it said nothing'}")
-            time.sleep(0.01)
         yield mountpoint
     finally:
-        subprocess.run(["fusermount3", "-u", mountpoint], check=False, capture_output=True)
-        process.wait()
+        subprocess.run(["fusermount3", "-u", mountpoint], check=True, capture_output=True)
