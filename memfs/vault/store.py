@@ -1,20 +1,23 @@
 """The store: the plain directory behind a mount, reached by directory descriptors only.
 
-Every path is walked one component at a time with ``O_NOFOLLOW``, so nothing that memfs opens lies
-outside the store, whatever symlinks are put into it and whenever. Used by every package above; one
-``Store`` is shared by all threads (it holds one descriptor and changes nothing after ``open``).
+No symlink is followed in any path, by ``openat2`` or one component at a time with ``O_NOFOLLOW``,
+so nothing that memfs opens lies outside the store, whatever is put into it and whenever. Used by
+every package above; one ``Store`` is shared by all threads (it holds one descriptor and changes
+nothing after ``open``).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from memfs.cube import layout
 from memfs.errors import NotAllowed, NotFound
+from memfs.vault.beneath import OFFERED, open_beneath
 
 HIDDEN_DIR = f"{layout.CONTROL}/unlinked"
 """Where files stay that were unlinked while open; emptied at every mount."""
@@ -22,6 +25,10 @@ HIDDEN_DIR = f"{layout.CONTROL}/unlinked"
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP = os.O_PATH | _DIRECTORY
 """A directory passed through needs the right to search it, not to read it."""
+_OUTSIDE = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
+"""What no path in a store has: an empty part, ``.``, ``..``, or a NUL."""
+_LONGEST = 1000
+"""Characters that are fewer bytes than the kernel takes in one path."""
 
 
 class Store:
@@ -72,6 +79,9 @@ class Store:
 
     def open_dir(self, path: str) -> int:
         """A descriptor of a directory, to be closed by the caller. A symlink gives ``ELOOP``."""
+        if path and _at_once(path):
+            _require_inside(path)
+            return open_beneath(self.fd, path, os.O_RDONLY | os.O_DIRECTORY)
         parent, name = self._parent(path)
         try:
             return _step(name or ".", parent, os.O_RDONLY | _DIRECTORY, path)
@@ -80,6 +90,9 @@ class Store:
 
     def open_file(self, path: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
         """A descriptor of a file, opened (or made) with ``flags``. A symlink gives ``ELOOP``."""
+        if not flags & os.O_CREAT and _at_once(path):
+            _require_inside(path)
+            return open_beneath(self.fd, path or ".", flags | os.O_NOFOLLOW)
         parent, name = self._parent(path)
         try:
             return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=parent)
@@ -99,10 +112,20 @@ class Store:
 
     def stat(self, path: str) -> os.stat_result:
         """The status of what is at ``path``, of a symlink itself where it is one."""
+        if "/" not in path:
+            if not path:
+                return os.fstat(self.fd)
+            _require_inside(path)
+            return os.stat(path, dir_fd=self.fd, follow_symlinks=False)
+        if _at_once(path):
+            _require_inside(path)
+            fd = open_beneath(self.fd, path, os.O_PATH | os.O_NOFOLLOW)
+            try:
+                return os.fstat(fd)
+            finally:
+                os.close(fd)
         parent, name = self._parent(path)
         try:
-            if not name:
-                return os.fstat(parent)
             return os.stat(name, dir_fd=parent, follow_symlinks=False)
         finally:
             os.close(parent)
@@ -145,17 +168,28 @@ class Store:
 
     def _parent(self, path: str) -> tuple[int, str]:
         """A descriptor of the directory that ``path`` is in, and its name there; root is ``""``."""
-        parts = path.split("/") if path else [""]
-        if "\0" in path or any(part in (".", "..") for part in parts) or (path and "" in parts):
-            raise OSError(errno.EINVAL, "not a path within the store", path)
+        _require_inside(path)
+        above, _, name = path.rpartition("/")
+        if above and _at_once(above):
+            return open_beneath(self.fd, above, os.O_PATH | os.O_DIRECTORY), name
         fd = os.dup(self.fd)
-        for part in parts[:-1]:
+        for part in above.split("/") if above else ():
             try:
                 below = _step(part, fd, _STEP, path)
             finally:
                 os.close(fd)
             fd = below
-        return fd, parts[-1]
+        return fd, name
+
+
+def _at_once(path: str) -> bool:
+    """Whether a path can be opened in one call: a longer one is walked."""
+    return OFFERED and len(path) < _LONGEST
+
+
+def _require_inside(path: str) -> None:
+    if path and _OUTSIDE.search(path):
+        raise OSError(errno.EINVAL, "not a path within the store", path)
 
 
 def give_to_owner(store: Store, fd: int) -> None:

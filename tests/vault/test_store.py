@@ -23,8 +23,13 @@ def outside(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+@pytest.fixture(params=["at once", "step by step"])
+def store(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """A store on a machine that has ``openat2``, and on one that has not."""
+    if request.param == "step by step":
+        monkeypatch.setattr("memfs.vault.store.OFFERED", False)
     root = tmp_path / "store"
     (root / "work" / "a").mkdir(parents=True)
     (root / "work" / "a" / "payload.md").write_text("text")
