@@ -20,6 +20,8 @@ REJECTED = "meta.json.rejected"
 CONTROL = ".memfs"
 """At the store's root: memfs's own directory on disk; through a mount, the control tree."""
 
+AT = f"{CONTROL}/at"
+"""In the control tree: the whole store as it was at a moment."""
 VERSIONS = ".versions"
 """In a cube: its earlier versions, never listed, always openable; no directory of the store."""
 TEMPORARY = ".memfs-tmp-"
@@ -39,8 +41,8 @@ class Role(Enum):
     ADAPTER_CONFIG = "adapter config"
     META = "meta"
     CONTROL = "control"
-    VERSIONS = "versions"
-    """At or below ``VERSIONS``, whatever it is called there."""
+    PAST = "past"
+    """At or below ``VERSIONS`` or ``AT``, whatever it is called there."""
     OTHER = "other"
 
 
@@ -79,11 +81,12 @@ def classify(path: str) -> tuple[Role, str]:
     directory that is being published.
     """
     if path == CONTROL or path.startswith(CONTROL + "/"):
-        return Role.CONTROL, ""
+        past = path == AT or path.startswith(AT + "/")
+        return (Role.PAST if past else Role.CONTROL), ""
     if VERSIONS in path:
         cube, found, _ = (path + "/").partition(_BELOW)
         if found:
-            return Role.VERSIONS, cube
+            return Role.PAST, cube
     parent, name = split(path)
     if not parent or is_temporary(parent):
         return Role.OTHER, ""

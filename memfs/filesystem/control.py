@@ -5,6 +5,8 @@
 | ``status``, ``status.json`` | the mount, its index, the runtime and what is in the model |
 | ``mounted/`` | a symlink to each cube in the model, named by its path (``%`` and ``/`` quoted) |
 | ``events`` | the audit trail, one JSON object a line, with an end |
+| ``deleted`` | the deleted cubes that can be brought back, one JSON object a line |
+| ``at/`` | the whole store as it was at a time: see ``past`` |
 | ``control`` | write-only, for the mount's owner: a word a line, ``rescan`` or ``rebuild`` |
 
 What a file says is made at its open and stays for as long as it is open. Who is neither root nor
@@ -31,6 +33,7 @@ from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle, Snapshot
 from memfs.filesystem.link import Link
 from memfs.filesystem.passthrough import Passthrough
+from memfs.filesystem.past import Past
 from memfs.filesystem.status_text import status_text
 
 ASK_SECONDS = 0.3
@@ -41,6 +44,8 @@ _INODES = 0x6D656D66 << 32
 _ROOT = layout.CONTROL
 _MOUNTED = f"{_ROOT}/mounted"
 _LONGEST_NAME = 255
+_LONG = ("events", "deleted")
+"""Files that take a while to make."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,10 @@ class Control:
         catalogue: Catalogue,
         link: Link,
         passthrough: Passthrough,
+        past: Past,
         context: Callable[[], Context],
     ) -> None:
+        self._past = past
         self._mount = mount
         self._catalogue = catalogue
         self._link = link
@@ -74,6 +81,7 @@ class Control:
             "status": lambda uid: status_text(self._facts(uid)).encode("utf-8", "surrogateescape"),
             "status.json": lambda uid: (json.dumps(self._facts(uid), indent=2) + "\n").encode(),
             "events": self._events,
+            "deleted": self._deleted,
         }
         self._words = {"rescan": catalogue.keeper.rescan, "rebuild": catalogue.keeper.rebuild}
 
@@ -90,7 +98,7 @@ class Control:
             made = self._made.get((name, self._sees()))
             if made is not None and time.monotonic() - made[0] < _KEPT_SECONDS:
                 return made[1]
-            if name == "events":  # megabytes, in the end: its size is known once it was opened
+            if name in _LONG:  # their size is known once they were opened
                 return regular(0o444, _inode(path), 0, self._started)
             return self._make(path, name)[1]
         target = self.readlink(path)
@@ -114,6 +122,7 @@ class Control:
         for name in ("control", *self._files):
             yield name, stat.S_IFREG, _inode(f"{_ROOT}/{name}")
         yield "mounted", stat.S_IFDIR, _inode(_MOUNTED)
+        yield "at", stat.S_IFDIR, _inode(layout.AT)
 
     def readlink(self, path: str) -> str:
         """Where a symlink in ``mounted/`` points."""
@@ -154,6 +163,15 @@ class Control:
             json.dumps(event | {"time": rfc3339(event["time"])}).encode() + b"\n"
             for event in self._catalogue.events()
             if uid is None or event.get("uid") == uid
+        )
+
+    def _deleted(self, _uid: int | None) -> bytes:
+        return b"".join(
+            json.dumps(
+                {"path": end.path, "id": end.cube_id, "deleted": end.stamp, "last": last}
+            ).encode()
+            + b"\n"
+            for end, last in self._past.deleted()
         )
 
     def _facts(self, uid: int | None) -> dict[str, Any]:

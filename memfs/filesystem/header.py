@@ -30,6 +30,7 @@ from memfs.index.records import Usage
 from memfs.vault import identity
 from memfs.vault.facts import CubeFacts
 from memfs.vault.publish import publish_bytes, publishing, write_all
+from memfs.vault.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Headers:
         self._governing = Governing(backing, guard)
         self._backing = backing
         self._catalogue = catalogue
-        self._rendered: dict[str, tuple[CubeFacts, Usage | None, bytes]] = {}
+        self._rendered: dict[str, tuple[CubeFacts, Usage | None, bytes, Version | None]] = {}
 
     def shown(self, cube: str) -> bytes:
         """The header as it reads now. Raises FileNotFoundError where there is no meta.json."""
@@ -53,20 +54,21 @@ class Headers:
         if facts is None or facts.meta_sig is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), cube)
         usage = self._catalogue.usage(facts.id)
+        past = self._catalogue.history.newest(facts.id) if facts.id else None
         known = self._rendered.get(cube)
-        if known is not None and known[0] is facts and known[1] == usage:
+        if known and known[0] is facts and known[1] == usage and known[3] is past:
             return known[2]
         try:
             stored = identity.read_meta(self._backing.store, cube)
         except (InvalidMetadata, NotAllowed):
             stored = identity.last_known(facts, cube)
-        live = _live(facts, usage)
+        live = _live(facts, usage, past)
         kept = stored.get("governance", {}).get("access", [])
         live["governance"]["access"] = access_list.shown(kept, facts.access_list)
         data = metadata.render(metadata.show(stored, live))
         if len(self._rendered) >= _KEPT:
             self._rendered.clear()
-        self._rendered[cube] = (facts, usage, data)
+        self._rendered[cube] = (facts, usage, data, past)
         return data
 
     def accept(self, cube: str, text: bytes, base: bytes | None, context: Context) -> bytes:
@@ -169,18 +171,21 @@ class Headers:
         self._catalogue.touch(cube, header=True)
 
 
-def _live(facts: CubeFacts, usage: Usage | None) -> Meta:
+def _live(facts: CubeFacts, usage: Usage | None, past: Version | None) -> Meta:
     """The parts of the header that the files and the index say better than what is stored.
 
     Args:
         usage: where it is None (there is no index yet) or nothing at all (the index has not taken
             in what the cube came with), the stored counters are the last known.
+        past: the cube's newest version.
     """
     status = os.stat_result((0, 0, 0, 0, facts.uid, facts.gid, 0, 0, 0, 0))
     owner, group = owner_names(status)
     behavioural: dict[str, Any] = {"fingerprint": facts.kv_token_ids_sha256}
     if usage is not None and usage != Usage():
         behavioural |= usage_group(usage)
+    if past is not None:
+        behavioural["versions"] = past.payloads
     return {
         "governance": {"owner": owner, "group": group, "mode": f"{facts.mode & 0o7777:03o}"},
         "behavioural": behavioural,

@@ -100,10 +100,14 @@ class Historian:
             log.warning("versions: %s", e)
 
     def newest(self, cube_id: str) -> Version | None:
-        """A cube's last version."""
+        """A cube's last version; None where there is none, or none that may be read."""
         if cube_id in self._newest:
             return self._newest[cube_id]
-        found = versions.newest(self.store, cube_id)
+        try:
+            found = versions.newest(self.store, cube_id)
+        except OSError as e:
+            log.info("versions of %s: %s", cube_id, e)
+            return None
         self._remember(cube_id, found)
         return found
 

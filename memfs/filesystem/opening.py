@@ -25,6 +25,7 @@ from memfs.filesystem.handles import (
 )
 from memfs.filesystem.header import Headers
 from memfs.filesystem.open_header import OpenHeader
+from memfs.filesystem.past import Past, read_only
 from memfs.filesystem.staged import Staged
 from memfs.vault.sig import Sig, sig_of
 
@@ -46,6 +47,7 @@ class Opening:
         headers: Headers,
         blobs: Blobs,
         control: Control,
+        past: Past,
         guard: Guard,
         context: Callable[[], Context],
     ) -> None:
@@ -55,6 +57,7 @@ class Opening:
         self._headers = headers
         self._blobs = blobs
         self._control = control
+        self._past = past
         self._guard = guard
         self._context = context
 
@@ -64,6 +67,8 @@ class Opening:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if role is Role.CONTROL:
             return self._control.open(path, flags)
+        if role is Role.PAST:
+            return self._past.open(path, flags)
         if (writing or flags & os.O_TRUNC) and role is not Role.META:
             self._guard.require_writable(path)  # a header may still say that it is frozen no more
         if writing and role in STAGED:
@@ -110,8 +115,11 @@ class Opening:
 
     def open_directory(self, path: str) -> Handle:
         """Opens a directory."""
-        if layout.classify(path)[0] is Role.CONTROL:
+        role, _ = layout.classify(path)
+        if role is Role.CONTROL:
             return ControlDirectory(path, self._control)
+        if role is Role.PAST:
+            return self._past.open_directory(path)
         return OpenDirectory(path, self._backing.store.open_dir(path), self._backing)
 
     def open_staged(self, path: str, role: Role) -> Staged:
@@ -148,6 +156,9 @@ class Opening:
 
 
 def require_free(path: str) -> None:
-    """Raises PermissionError for a name that is memfs's own."""
-    if layout.classify(path)[0] is Role.CONTROL or is_reserved(path):
+    """Raises OSError for a name that is memfs's own."""
+    role, _ = layout.classify(path)
+    if role is Role.PAST:
+        raise read_only(path)
+    if role is Role.CONTROL or is_reserved(path):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)

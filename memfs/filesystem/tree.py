@@ -33,6 +33,7 @@ from memfs.filesystem.link import Link
 from memfs.filesystem.making import Makers
 from memfs.filesystem.names import Names
 from memfs.filesystem.opening import STAGED, Opening
+from memfs.filesystem.past import Past, PastDirectory, read_only
 from memfs.filesystem.reading import Reading
 from memfs.filesystem.syscalls import Time
 from memfs.filesystem.xattrs import CubeAttributes
@@ -65,7 +66,8 @@ class Tree:
         self._makers = Makers(link, WAITERS)
         reading = Reading(link, catalogue, mount_on_read=mount.mount_on_read)
         self._blobs = Blobs(backing, catalogue, reading, self._makers, self._guard, context)
-        self._control = Control(mount, catalogue, link, self.passthrough, context)
+        self._past = Past(catalogue, context)
+        self._control = Control(mount, catalogue, link, self.passthrough, self._past, context)
         self._attributes = CubeAttributes(backing, catalogue, link, context)
         self.opening = Opening(
             backing,
@@ -74,6 +76,7 @@ class Tree:
             self._headers,
             self._blobs,
             self._control,
+            self._past,
             self._guard,
             context,
         )
@@ -95,6 +98,8 @@ class Tree:
         role, cube = layout.classify(path)
         if role is Role.CONTROL:
             return self._control.status(path)
+        if role is Role.PAST:
+            return self._past.status(path)
         if role is Role.META:
             return self._header_status(path, cube)
         if role in STAGED:
@@ -109,7 +114,7 @@ class Tree:
 
     def entries(self, handle: Handle) -> Iterator[tuple[str, int, int]]:
         """Name, kind and inode of what is in an open directory, ``.`` and ``..`` included."""
-        if isinstance(handle, ControlDirectory):
+        if isinstance(handle, ControlDirectory | PastDirectory):
             yield from handle.entries()
         elif isinstance(handle, OpenDirectory):
             for name, kind, ino in handle.entries():
@@ -120,7 +125,7 @@ class Tree:
     def readlink(self, path: str) -> str:
         if layout.classify(path)[0] is Role.CONTROL:
             return self._control.readlink(path)
-        self._require_shown(path)
+        self._require_ours(path, errno.EINVAL)  # the past has no symlinks
         return self._backing.readlink(path)
 
     def chmod(self, path: str, mode: int) -> None:
@@ -163,7 +168,7 @@ class Tree:
         return self._attributes.get(path, name)
 
     def listxattr(self, path: str) -> list[str]:
-        if layout.classify(path)[0] is Role.CONTROL:
+        if layout.classify(path)[0] in (Role.CONTROL, Role.PAST):
             return []
         self._require_shown(path)
         return self._attributes.names(path)
@@ -229,6 +234,9 @@ class Tree:
 
     def _require_ours(self, path: str, number: int = errno.EPERM) -> None:
         """Raises for the control tree, where nothing can be set, and for memfs's own files."""
-        if layout.classify(path)[0] is Role.CONTROL:
+        role, _ = layout.classify(path)
+        if role is Role.PAST and number == errno.EPERM:
+            raise read_only(path)
+        if role in (Role.CONTROL, Role.PAST):
             raise OSError(number, os.strerror(number), path)
         self._require_shown(path)

@@ -37,7 +37,7 @@ DELETED = "deleted"
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _STAMP_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
-_MAX_DESCRIPTION = 4 << 20
+MAX_DESCRIPTION = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def read(store: Store, cube_id: str, stamp: str) -> Version:
 
     Raises VersionDamaged, or OSError where it cannot be read.
     """
-    raw = store.read(f"{directory(cube_id, stamp)}/{DESCRIPTION}", _MAX_DESCRIPTION)
+    raw = store.read(f"{directory(cube_id, stamp)}/{DESCRIPTION}", MAX_DESCRIPTION)
     try:
         data = json.loads(raw)
         if data["memfs_version"] != FORMAT:

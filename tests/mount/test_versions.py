@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+
+import pytest
 
 from memfs.vault import versions
 from memfs.vault.store import Store
 from memfs.vault.versions import Version
 
-from .conftest import Mount, has_ended, mounted_at, until
+from .conftest import Mount, has_ended, mounted_at, needs_root, until
+from .test_posix import as_user
 
 
 def history(mount: Mount, cube_id: str) -> list[Version]:
@@ -274,3 +281,200 @@ def test_making_versions_costs_little(mount: Mount) -> None:
     for number in range(50):
         (cube / "payload.md").write_text(f"text {number}\n")
     assert time.monotonic() - start < 5
+
+
+# Looking at the past
+
+
+def stamps(cube: Path) -> list[str]:
+    return sorted(os.listdir(cube / ".versions"))
+
+
+def now() -> str:
+    """A time between what was done before and what is done after."""
+    moment = datetime.now(UTC)
+    time.sleep(0.002)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def test_a_cubes_versions_are_directories(mount: Mount) -> None:
+    cube = mount.cube("law", "one\n")
+    (cube / "payload.md").write_text("two\n")
+    (cube / "adapter").mkdir()
+    (cube / "adapter/adapter_config.json").write_text("{}")
+    assert ".versions" not in os.listdir(cube)
+    first, second, third = stamps(cube)
+    assert (cube / ".versions" / first / "payload.md").read_text() == "one\n"
+    assert (cube / ".versions" / second / "payload.md").read_text() == "two\n"
+    assert sorted(os.listdir(cube / ".versions" / third)) == ["adapter", "meta.json", "payload.md"]
+    assert (cube / ".versions" / third / "adapter/adapter_config.json").read_text() == "{}"
+    kept = (cube / ".versions" / third / "payload.md").stat()
+    live = (cube / "payload.md").stat()
+    assert (kept.st_size, kept.st_mtime_ns) == (live.st_size, live.st_mtime_ns)
+    assert json.loads((cube / ".versions" / first / "version.json").read_text())["path"] == "law"
+    for name in ("nothing", f"{first}/nothing", f"{first}/payload.md/x", "2026"):
+        assert not (cube / ".versions" / name).exists()
+    assert not (mount.dir / ".versions").exists()
+    (mount.dir / "work").mkdir()
+    assert not (mount.dir / "work/.versions").exists()
+
+
+def test_shell_tools_work_on_versions(mount: Mount) -> None:
+    cube = mount.cube("law", "one\n")
+    (cube / "payload.md").write_text("two\n")
+    first, second = (str(cube / ".versions" / stamp) for stamp in stamps(cube))
+    done = subprocess.run(["diff", "-r", first, second], check=False, capture_output=True)
+    assert b"< one" in done.stdout
+    assert subprocess.run(["grep", "-r", "one", cube / ".versions"], check=True, timeout=10)
+    subprocess.run(["cp", "-a", f"{first}/.", cube], check=True)
+    assert (cube / "payload.md").read_text() == "one\n"
+    settled(mount)
+    assert events(mount, id_of(cube)) == ["created", "changed", "restored"]
+    assert (cube / "payload.md").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_past_cannot_be_changed(mount: Mount) -> None:
+    cube = mount.cube("law", "one\n")
+    (first,) = stamps(cube)
+    version = cube / ".versions" / first
+    file = version / "payload.md"
+    other = mount.dir / "other"
+    other.write_text("x")
+    attempts: list[Callable[[], object]] = [
+        lambda: file.write_text("x"),
+        lambda: (version / "new").write_text("x"),
+        file.unlink,
+        version.rmdir,
+        (cube / ".versions").rmdir,
+        (version / "d").mkdir,
+        (cube / ".versions/x").mkdir,
+        lambda: file.rename(mount.dir / "x"),
+        lambda: version.rename(mount.dir / "x"),
+        lambda: other.rename(version / "other"),
+        lambda: os.link(file, mount.dir / "x"),
+        lambda: os.link(other, version / "x"),
+        lambda: os.symlink("x", version / "x"),
+        lambda: file.chmod(0o777),
+        lambda: os.chown(file, 0, 0),
+        lambda: os.utime(file),
+        lambda: os.truncate(file, 0),
+        lambda: os.setxattr(file, "user.x", b"x"),
+        lambda: os.mkfifo(version / "x"),
+        (mount.dir / f".memfs/at/{first}/x").mkdir,
+        lambda: (mount.dir / f".memfs/at/{first}/law/payload.md").write_text("x"),
+    ]
+    for number, attempt in enumerate(attempts):
+        with pytest.raises(OSError, match=r".+") as raised:
+            attempt()
+        assert raised.value.errno == errno.EROFS, number
+    assert file.read_text() == "one\n"
+    assert os.listxattr(file) == []
+
+
+def test_the_store_at_a_moment(mount: Mount) -> None:
+    law = mount.cube("work/law", "one\n")
+    gone = mount.cube("work/gone", "gone\n")
+    gone_id = id_of(gone)
+    before = now()
+    (law / "payload.md").write_text("two\n")
+    os.rename(law, mount.dir / "lex")
+    shutil.rmtree(gone)
+    mount.cube("late", "late\n")
+    until(lambda: events(mount, gone_id)[-1] == "deleted")
+    until(lambda: events(mount, id_of(mount.dir / "lex"))[-1] == "moved")
+    at = mount.dir / ".memfs/at"
+    assert os.listdir(at) == []
+    assert os.listdir(at / before) == ["work"]
+    assert sorted(os.listdir(at / before / "work")) == ["gone", "law"]
+    assert (at / before / "work/law/payload.md").read_text() == "one\n"
+    assert (at / before / "work/gone/payload.md").read_text() == "gone\n"
+    assert not (at / before / "late").exists()
+    today = datetime.now(UTC).strftime("%Y-%m-%dZ")
+    assert sorted(os.listdir(at / today)) == ["late", "lex"]
+    assert (at / today / "lex/payload.md").read_text() == "two\n"
+    assert (at / "9000").is_dir()
+    assert list((at / "1999-12-31").iterdir()) == []
+    for wrong in ("tomorrow", "2026-13", f"{before}/nothing", f"{before}/work/law/payload.md/x"):
+        assert not (at / wrong).exists()
+    (mount.dir / "late/payload.md").write_text("later\n")
+    until(lambda: (at / today / "late/payload.md").read_text() == "later\n")
+    found = subprocess.run(["find", at / before], check=True, capture_output=True, text=True)
+    assert len(found.stdout.splitlines()) == 2 + 2 * 3
+    assert mount.status()["mounted"] == []
+
+
+def test_a_deletion_is_undone_from_the_past(mount: Mount) -> None:
+    cube = mount.cube("law", "one\n")
+    cube_id = id_of(cube)
+    before = now()
+    shutil.rmtree(cube)
+    until(lambda: events(mount, cube_id)[-1] == "deleted")
+    (line,) = (mount.dir / ".memfs/deleted").read_text().splitlines()
+    said = json.loads(line)
+    assert (said["path"], said["id"]) == ("law", cube_id)
+    subprocess.run(["cp", "-r", mount.dir / f".memfs/at/{before}/law", cube], check=True)
+    assert id_of(cube) == cube_id
+    assert (cube / "payload.md").read_text() == "one\n"
+    until(lambda: events(mount, cube_id)[-1] == "restored")
+    assert (mount.dir / ".memfs/deleted").read_text() == ""
+    assert len(stamps(cube)) == 3
+
+
+def test_the_header_shows_the_chain(mount: Mount) -> None:
+    cube = mount.cube("law", "one\n")
+    for text in ("two\n", "one\n"):
+        (cube / "payload.md").write_text(text)
+    (cube / "payload.md").chmod(0o600)
+    digests = [hashlib.sha256(text).hexdigest() for text in (b"one\n", b"two\n", b"one\n")]
+    assert mount.meta("law")["behavioural"]["versions"] == digests
+    settled(mount)
+    assert mount.meta("law")["behavioural"]["versions"] == digests
+
+
+@needs_root
+def test_only_who_may_read_the_cube_reads_its_past(mount: Mount) -> None:
+    for above in (mount.dir, *mount.dir.parents[:-1]):
+        above.chmod(above.stat().st_mode | 0o711)
+    cube = mount.cube("open/law", "one\n")
+    before = now()
+    cube_id = id_of(cube)
+    look = "import sys; print(open(sys.argv[1]).read())"
+    listed = "import os, sys; print(os.listdir(sys.argv[1]))"
+    (first,) = stamps(cube)
+    versions_of = cube / ".versions" / first
+    at = mount.dir / f".memfs/at/{before}"
+
+    def may(code: str, path: Path) -> bool:
+        return as_user(1234, 1234, code, path).returncode == 0
+
+    assert may(look, versions_of / "payload.md")
+    assert may(look, at / "open/law/payload.md")
+    assert may(listed, at / "open/law")
+    # The text is made private: so is what it was.
+    (cube / "payload.md").chmod(0o600)
+    assert not may(look, versions_of / "payload.md")
+    assert not may(look, at / "open/law/payload.md")
+    # It is public again, and what was private meanwhile stays so.
+    (cube / "payload.md").write_text("secret\n")
+    (cube / "payload.md").chmod(0o644)
+    (cube / "payload.md").write_text("public\n")
+    _, secret, public = stamps(cube)
+    assert may(look, versions_of / "payload.md")
+    assert not may(look, cube / ".versions" / secret / "payload.md")
+    assert may(look, cube / ".versions" / public / "payload.md")
+    # Moved to where nobody comes: not to be read at its old path either.
+    (mount.dir / "closed").mkdir(mode=0o700)
+    os.rename(cube, mount.dir / "closed/law")
+    assert not may(look, mount.dir / "closed/law/payload.md")
+    assert not may(look, at / "open/law/payload.md")
+    assert not may(listed, at / "open/law")
+    assert may(listed, at / "open")
+    # The collection is closed: so it is in the past.
+    (mount.dir / "open").chmod(0o700)
+    assert not may(listed, at / "open")
+    # What was deleted is known to those who could see it.
+    shutil.rmtree(mount.dir / "closed/law")
+    until(lambda: events(mount, cube_id)[-1] == "deleted")
+    assert (mount.dir / ".memfs/deleted").read_text()
+    assert as_user(1234, 1234, look, mount.dir / ".memfs/deleted").stdout.strip() == ""
+    assert not may(look, at / "open/law/payload.md")
