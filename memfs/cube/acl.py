@@ -107,6 +107,34 @@ class Acl:
                 mask |= bits
         return Acl(self.owner, group, self.other, mask, named)
 
+    def meet(self, other: Acl, *, same_group: bool) -> Acl:
+        """What both lists give, and where that cannot be told, less.
+
+        Args:
+            same_group: whether both are of files of one group: another one was everybody else.
+        """
+        lists = (self, other)
+        groups = [acl.group & (7 if acl.mask is None else acl.mask) for acl in lists]
+        least = [group & acl.other for group, acl in zip(groups, lists, strict=True)]
+        given = [acl.effective for acl in lists]
+        named = {
+            who: given[0].get(who, least[0]) & given[1].get(who, least[1])
+            for who in given[0].keys() | given[1].keys()
+        }
+        plain = (groups[0] & groups[1], self.other & other.other)
+        group, rest = plain if same_group else (least[0] & least[1], least[0] & least[1])
+        mask = None
+        if named:
+            mask = group
+            for bits in named.values():
+                mask |= bits
+        return Acl(self.owner & other.owner, group, rest, mask, named)
+
+    @property
+    def mode(self) -> int:
+        """The permission bits of a file with this list."""
+        return self.owner << 6 | (self.group if self.mask is None else self.mask) << 3 | self.other
+
     def allows(self, uid: int, gids: Iterable[int], owner: int, group: int, rights: int) -> bool:
         """Whether it gives a user all ``rights``, as the kernel would answer; root aside.
 

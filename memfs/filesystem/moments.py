@@ -14,7 +14,7 @@ from datetime import datetime
 from memfs.cube import layout
 from memfs.filesystem.catalogue import Catalogue
 from memfs.vault import versions
-from memfs.vault.versions import Version
+from memfs.vault.versions import Parent, Version
 
 _KEPT = 4
 _AGE_S, _AGE_SHARE = 1.0, 5
@@ -58,11 +58,11 @@ class Moment:
         """The names of the cubes and collections in a directory."""
         return self._children.get(path, {})
 
-    def rights(self, path: str) -> tuple[int, int, int]:
-        """Owner, group and mode of a collection, as the version of a cube in it has them."""
-        depth = len(path.split("/")) if path else 0
+    def parent(self, path: str) -> Parent:
+        """A collection's rights, as a version of a cube in it has them."""
         found = next(iter(self._children[path].values()), None)
-        return found.parents[depth] if found else (0, 0, 0o500)
+        depth = len(path.split("/")) if path else 0
+        return found.parents[depth] if found else Parent(0, 0, 0o500)
 
 
 class Moments:

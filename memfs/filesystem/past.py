@@ -19,28 +19,27 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import xxhash
 
 from memfs.cube import layout
-from memfs.cube.access import READ, SEARCH, Caller, allowed
+from memfs.cube.access import Caller
+from memfs.cube.acl import XATTR, Acl
 from memfs.errors import VersionDamaged
-from memfs.filesystem.attributes import Attributes, Status
+from memfs.filesystem.attributes import Attributes, Status, altered
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle, OpenFile, Snapshot
-from memfs.filesystem.moments import Moment, Moments
+from memfs.filesystem.moments import Moments
+from memfs.filesystem.past_rights import Rights, may_read
 from memfs.operation.moment import end_of
 from memfs.vault import versions
-from memfs.vault.versions import DESCRIPTION, Entry, Version
+from memfs.vault.versions import DESCRIPTION, Version
 
 _KEPT = 1024
-
-Rights = tuple[int, int, int]
-"""Owner, group and permission bits."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Node:
     """A file or directory of the past."""
 
     status: Attributes
+    acl: Acl
     entries: tuple[tuple[str, int], ...] = ()
     """Names and kinds of what is in a directory."""
     stored: str | None = None
@@ -87,6 +87,13 @@ class Past:
             return Snapshot(path, node.data, node.status)
         return _OpenVersion(path, self._store.open_regular(node.stored), node.status)
 
+    def getxattr(self, path: str, name: str) -> bytes:
+        """The access list, which the kernel holds. ENODATA for any other attribute."""
+        node = self._node(path)
+        if name != XATTR or not node.acl.named:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), path)
+        return node.acl.render()
+
     def open_directory(self, path: str) -> Handle:
         """Opens a directory."""
         self._node(path)
@@ -106,7 +113,8 @@ class Past:
 
     def _node(self, path: str) -> Node:
         if path == layout.AT:
-            return Node(_directory(path, (0, 0, 0o555), self._catalogue.history.started))
+            rights = Rights(0, 0, Acl.of_mode(0o555))
+            return _directory(path, rights, self._catalogue.history.started)
         if path.startswith(layout.AT + "/"):
             return self._at(path, *path[len(layout.AT) + 1 :].split("/"))
         _, cube = layout.classify(path)
@@ -120,10 +128,9 @@ class Past:
         if facts is None or facts.id is None or (rest and rest[0] not in stamps):
             raise _missing(path)
         if not rest:
-            now = _rights(self._store.stat(cube))
             when = versions.moment_of(stamps[-1]).timestamp() if stamps else 0.0
-            listed = tuple((stamp, stat.S_IFDIR) for stamp in stamps)
-            return Node(_directory(path, now, when), listed)
+            listed = [(stamp, stat.S_IFDIR) for stamp in stamps]
+            return _directory(path, Rights.of(self._store, cube), when, listed)
         return self._in_version(path, self._version(facts.id, rest[0]), cube, rest[1:])
 
     def _at(self, path: str, text: str, *rest: str) -> Node:
@@ -144,14 +151,13 @@ class Past:
             children = moment.children(inner) if not below else ()
             if not children:
                 return node
-            listed = dict.fromkeys(children, stat.S_IFDIR) | dict(node.entries)
-            return Node(node.status, tuple(sorted(listed.items())))
+            names = dict.fromkeys(children, stat.S_IFDIR) | dict(node.entries)
+            return replace(node, entries=tuple(sorted(names.items())))
         if not moment.is_collection(inner):
             raise _missing(path)
-        listed = dict.fromkeys(moment.children(inner), stat.S_IFDIR)
-        rights = self._collection(moment, inner)
-        when = versions.moment_of(moment.stamp).timestamp()
-        return Node(_directory(path, rights, when), tuple(sorted(listed.items())))
+        listed = [(name, stat.S_IFDIR) for name in sorted(moment.children(inner))]
+        rights = Rights.recorded(moment.parent(inner)).and_now(self._store, inner)
+        return _directory(path, rights, versions.moment_of(moment.stamp).timestamp(), listed)
 
     def _in_version(self, path: str, version: Version, live: str, rest: list[str]) -> Node:
         """A version's directory, or something in it; ``live`` is where the cube is now, or ""."""
@@ -159,16 +165,18 @@ class Past:
         kept = {name: entry for name, entry in version.files.items() if entry.kept}
         name = "/".join(rest)
         if name in kept:
-            now = self._now(live, name) or (kept[name].uid, kept[name].gid, kept[name].mode)
+            rights = Rights.recorded(kept[name])
+            if live:
+                rights = rights.and_now(self._store, *_places(live, name))
             stored = f"{version.directory}/{name}"
-            return Node(_file(path, kept[name], now), stored=stored)
-        directory = _both(version.parents[-1], self._now(live, "") or version.parents[-1])
+            return _file(path, rights, kept[name].size, kept[name].mtime_ns, stored=stored)
+        rights = Rights.recorded(version.parents[-1])
+        if live:
+            rights = rights.and_now(self._store, live)
         if name == DESCRIPTION:
             stored = f"{version.directory}/{DESCRIPTION}"
             data = self._store.read(stored, versions.MAX_DESCRIPTION)
-            mode = directory[2] & 0o666
-            size = Entry(len(data), int(when * 1e9), *directory[:2], mode)
-            return Node(_file(path, size, (*directory[:2], mode)), data=data)
+            return _file(path, rights, len(data), int(when * 1e9), data=data)
         holders = {layout.split(file)[0] for file in version.files} - {""}
         if name and name not in holders:
             raise _missing(path)
@@ -176,7 +184,15 @@ class Past:
         listed = [(layout.split(file)[1], stat.S_IFREG) for file in inside]
         if not name:
             listed += [(holder, stat.S_IFDIR) for holder in holders]
-        return Node(_directory(path, directory, when), tuple(sorted(listed)))
+        return _directory(path, rights, when, sorted(listed))
+
+    def _may_read(self, version: Version) -> bool:
+        context = self._context()
+        if context.uid in (0, os.geteuid()):
+            return True
+        newest = self._catalogue.history.newest(version.cube_id)
+        caller = Caller.of(context.uid, context.gid)
+        return may_read(self._store, caller, newest or version)
 
     def _version(self, cube_id: str, stamp: str) -> Version:
         key = (cube_id, stamp)
@@ -188,47 +204,6 @@ class Past:
             except VersionDamaged as e:
                 raise OSError(errno.EIO, str(e)) from e
         return self._read[key]
-
-    # Rights
-
-    def _now(self, cube: str, name: str) -> Rights | None:
-        """The rights of a living cube's file, of its text where it has no such file any more."""
-        wanted = (name, layout.PAYLOAD, "") if name else ("",)
-        for candidate in wanted if cube else ():
-            try:
-                found = self._store.stat(f"{cube}/{candidate}".rstrip("/"))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            return _rights(found)
-        return None
-
-    def _collection(self, moment: Moment, path: str) -> Rights:
-        """A directory that stands still has today's rights, less what was not given then."""
-        then = moment.rights(path)
-        try:
-            found = self._store.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return then
-        return _both(then, _rights(found))
-
-    def _may_read(self, version: Version) -> bool:
-        """Whether the caller could read the cube where it is now; if it is gone, where it was."""
-        context = self._context()
-        if context.uid in (0, os.geteuid()):
-            return True
-        caller = Caller.of(context.uid, context.gid)
-        newest = self._catalogue.history.newest(version.cube_id)
-        if newest is None or newest.deleted:
-            return all(_allows(caller, rights, SEARCH) for rights in version.parents)
-        parts = newest.path.split("/")
-        try:
-            above = ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))]
-            if not all(allowed(caller, self._store.stat(path), SEARCH) for path in above):
-                return False
-            rights = self._now(newest.path, layout.PAYLOAD)
-        except OSError:
-            return False
-        return rights is not None and _allows(caller, rights, READ)
 
 
 class PastDirectory(Handle):
@@ -266,50 +241,42 @@ def _missing(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
-def _both(then: Rights, now: Rights) -> Rights:
-    """Today's rights, less what was not given then. Another group was everybody else."""
-    mode = then[2] & now[2]
-    if then[1] != now[1]:
-        mode &= ~0o070 & ~(~then[2] >> 3 & 0o007)
-    return now[0], now[1], mode
+def _places(cube: str, name: str) -> tuple[str, ...]:
+    """The files of a living cube whose rights are those of a file: it, the text, the directory."""
+    return layout.join(cube, name), layout.join(cube, layout.PAYLOAD), cube
 
 
-def _rights(found: os.stat_result) -> Rights:
-    return found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)
+def _directory(
+    path: str, rights: Rights, seconds: float, entries: Iterable[tuple[str, int]] = ()
+) -> Node:
+    status = _status(path, stat.S_IFDIR | rights.acl.mode, rights, 0, int(seconds * 1e9))
+    return Node(altered(status, st_nlink=2), rights.acl, tuple(entries))
 
 
-def _allows(caller: Caller, rights: Rights, wanted: int) -> bool:
-    uid, gid, mode = rights
-    return allowed(caller, os.stat_result((mode, 0, 0, 1, uid, gid, 0, 0, 0, 0)), wanted)
+def _file(
+    path: str,
+    rights: Rights,
+    size: int,
+    mtime_ns: int,
+    *,
+    stored: str | None = None,
+    data: bytes = b"",
+) -> Node:
+    mode = stat.S_IFREG | (rights.acl.mode & 0o666)
+    return Node(_status(path, mode, rights, size, mtime_ns), rights.acl, (), stored, data)
 
 
-def _directory(path: str, rights: Rights, seconds: float) -> Attributes:
-    uid, gid, mode = rights
-    when = int(seconds * 1e9)
+def _status(path: str, mode: int, rights: Rights, size: int, when: int) -> Attributes:
     return Attributes(
-        st_mode=stat.S_IFDIR | mode,
+        st_mode=mode,
         st_ino=_inode(path),
-        st_nlink=2,
-        st_uid=uid,
-        st_gid=gid,
+        st_uid=rights.uid,
+        st_gid=rights.gid,
+        st_size=size,
+        st_blocks=(size + 511) // 512,
         st_atime_ns=when,
         st_mtime_ns=when,
         st_ctime_ns=when,
-    )
-
-
-def _file(path: str, entry: Entry, now: Rights) -> Attributes:
-    uid, gid, mode = _both((entry.uid, entry.gid, entry.mode), now)
-    return Attributes(
-        st_mode=stat.S_IFREG | mode,
-        st_ino=_inode(path),
-        st_uid=uid,
-        st_gid=gid,
-        st_size=entry.size,
-        st_blocks=(entry.size + 511) // 512,
-        st_atime_ns=entry.mtime_ns,
-        st_mtime_ns=entry.mtime_ns,
-        st_ctime_ns=entry.mtime_ns,
     )
 
 

@@ -164,6 +164,8 @@ class Tree:
         return self._backing.statfs()
 
     def getxattr(self, path: str, name: str) -> bytes:
+        if layout.classify(path)[0] is Role.PAST:
+            return self._past.getxattr(path, name)
         self._require_ours(path, errno.ENODATA)
         return self._attributes.get(path, name)
 

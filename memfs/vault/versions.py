@@ -16,7 +16,7 @@ import re
 import stat
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from memfs.cube import layout
 from memfs.errors import VersionDamaged
@@ -50,6 +50,8 @@ class Entry:
     gid: int
     mode: int
     """Owner, group and permission bits that it had."""
+    acl: str | None = None
+    """Its POSIX access list, in hexadecimal; None where it had none."""
     sha256: str | None = None
     """None while nobody had the time to read a large one."""
     large: bool = False
@@ -65,6 +67,15 @@ class Entry:
         if self.large or self.sha256 is None:
             return f"{self.size}:{self.mtime_ns}"
         return self.sha256
+
+
+class Parent(NamedTuple):
+    """The rights that a directory had, as in ``Entry``."""
+
+    uid: int
+    gid: int
+    mode: int
+    acl: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,8 @@ class Version:
     """By path within the cube."""
     meaning: str | None = None
     """SHA-256 of what people have set in its meta.json; None where it had none."""
-    parents: tuple[tuple[int, int, int], ...] = ()
-    """Owner, group and mode of the directories from the store's root down to the cube's own."""
+    parents: tuple[Parent, ...] = ()
+    """The directories from the store's root down to the cube's own."""
     origin: str | None = None
     """The version that a restored one is equal to; the id of the cube that a copy was made of."""
     chain: tuple[Link, ...] = ()
@@ -210,7 +221,7 @@ def read(store: Store, cube_id: str, stamp: str) -> Version:
             str(data["event"]),
             {_name(name): Entry(**entry) for name, entry in data["files"].items()},
             data["meaning"],
-            tuple((int(uid), int(gid), int(mode)) for uid, gid, mode in data["parents"]),
+            tuple(Parent(*parent) for parent in data["parents"]),
             data["origin"],
             tuple(Link(*link) for link in data["chain"]),
         )

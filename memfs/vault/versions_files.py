@@ -52,7 +52,7 @@ def keep(
     try:
         found = os.fstat(source)
         large = bool(holder) and found.st_size >= LARGE
-        entry = replace(entry_of(found, None), large=large)
+        entry = replace(entry_of(source, None), large=large)
         target = os.open(name, NEW, 0o600, dir_fd=temporary)
         try:
             if not _clone(source, target):
@@ -85,7 +85,7 @@ def _linked(
         _link(store, previous.directory, name, temporary, name)
     except OSError:  # no hard links, too many of them, or the version was removed just now
         return None
-    return replace(known, mtime_ns=entry.mtime_ns, uid=entry.uid, gid=entry.gid, mode=entry.mode)
+    return replace(entry, linked=known.linked, sha256=known.sha256)
 
 
 def _link_own(store: Store, temporary: int, cube: str, name: str) -> None:
@@ -142,10 +142,12 @@ def completed(
 
 
 def _dress(fd: int, found: os.stat_result) -> None:
-    """The owner, the rights to read and the time of the file that it was taken of."""
+    """The owner and the time of the file that it was taken of. Nobody else gets to it by its mode:
+    who may read it is up to the mount.
+    """
     if os.geteuid() == 0:
         os.fchown(fd, found.st_uid, found.st_gid)
-    os.fchmod(fd, found.st_mode & 0o444 | 0o400)
+    os.fchmod(fd, 0o400)
     os.utime(fd, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, NotAllowed
 from memfs.vault.facts import MAX_PAYLOAD
+from memfs.vault.rights import acl_bytes, read_acl
 from memfs.vault.store import Store, open_regular_at, read_all
-from memfs.vault.versions import LARGE, Entry, Version
+from memfs.vault.versions import LARGE, Entry, Parent, Version
 
 _BLOCK = 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -29,7 +30,7 @@ class Present:
     path: str
     files: dict[str, Entry]
     meaning: str | None
-    parents: tuple[tuple[int, int, int], ...]
+    parents: tuple[Parent, ...]
     copied_from: str | None = None
     payloads: tuple[str, ...] = ()
     """The texts that it had elsewhere, as its header says."""
@@ -110,10 +111,9 @@ def _payload(directory: int) -> Entry | None:
     except (FileNotFoundError, NotAllowed):
         return None
     try:
-        found = os.fstat(fd)
-        if found.st_size > MAX_PAYLOAD:
-            return entry_of(found, None, kept=False)
-        return entry_of(found, sha256_of(fd))
+        if os.fstat(fd).st_size > MAX_PAYLOAD:
+            return entry_of(fd, None, kept=False)
+        return entry_of(fd, sha256_of(fd))
     finally:
         os.close(fd)
 
@@ -121,14 +121,13 @@ def _payload(directory: int) -> Entry | None:
 def _header(directory: int) -> tuple[Entry, metadata.Meta]:
     fd = open_regular_at(directory, layout.META)
     try:
-        found = os.fstat(fd)
         try:
             data = read_all(fd, metadata.MAX_BYTES)
         except OSError as e:
             if e.errno == errno.EFBIG:
                 raise InvalidMetadata(f"longer than {metadata.MAX_BYTES} bytes") from e
             raise
-        return entry_of(found, hashlib.sha256(data).hexdigest()), metadata.parse(data)
+        return entry_of(fd, hashlib.sha256(data).hexdigest()), metadata.parse(data)
     finally:
         os.close(fd)
 
@@ -149,9 +148,8 @@ def _adapter(directory: int) -> dict[str, Entry]:
             except (FileNotFoundError, NotAllowed):
                 continue
             try:
-                status = os.fstat(fd)
-                large = status.st_size >= LARGE
-                entry = entry_of(status, None if large else sha256_of(fd))
+                large = os.fstat(fd).st_size >= LARGE
+                entry = entry_of(fd, None if large else sha256_of(fd))
                 found[f"{layout.ADAPTER}/{name}"] = replace(entry, large=large)
             finally:
                 os.close(fd)
@@ -160,18 +158,26 @@ def _adapter(directory: int) -> dict[str, Entry]:
     return found
 
 
-def entry_of(found: os.stat_result, digest: str | None, *, kept: bool = True) -> Entry:
-    mode = stat.S_IMODE(found.st_mode)
-    return Entry(
-        found.st_size, found.st_mtime_ns, found.st_uid, found.st_gid, mode, digest, kept=kept
-    )
+def entry_of(fd: int, digest: str | None, *, kept: bool = True) -> Entry:
+    """How an open file of a cube is described."""
+    found = os.fstat(fd)
+    mode, acl = stat.S_IMODE(found.st_mode), _hex(read_acl(fd))
+    times = found.st_size, found.st_mtime_ns
+    return Entry(*times, found.st_uid, found.st_gid, mode, acl, digest, kept=kept)
 
 
-def _parents(store: Store, path: str) -> tuple[tuple[int, int, int], ...]:
+def _hex(acl: bytes | None) -> str | None:
+    return None if acl is None else acl.hex()
+
+
+def _parents(store: Store, path: str) -> tuple[Parent, ...]:
     parts = path.split("/")
     above = ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))]
-    found = [store.stat(directory) for directory in above]
-    return tuple((f.st_uid, f.st_gid, stat.S_IMODE(f.st_mode)) for f in found)
+    found = [(store.stat(directory), acl_bytes(store, directory)) for directory in above]
+    return tuple(
+        Parent(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode), _hex(acl))
+        for status, acl in found
+    )
 
 
 def sha256_of(fd: int) -> str:

@@ -130,3 +130,25 @@ def test_an_edit_reads_back_as_it_was_written(acl: Acl, wanted: dict[Who, int]) 
         for rights in (READ, WRITE):  # nobody else may more than before
             if after.allows(70009, {gid}, 1, 0, rights):
                 assert acl.allows(70009, {gid}, 1, 0, rights)
+
+
+NUMBERS = st.sampled_from([70000, 70001, 70002, 70003, 70004])
+
+
+@given(ACLS, ACLS, st.booleans(), NUMBERS, st.frozensets(NUMBERS), st.sampled_from([1, 2, 4]))
+def test_what_two_lists_give_neither_denies(
+    first: Acl, second: Acl, same_group: bool, uid: int, gids: frozenset[int], right: int
+) -> None:
+    both = first.meet(second, same_group=same_group)
+    groups = 70003, 70003 if same_group else 70004
+    if both.allows(uid, gids, 70000, groups[1], right):
+        assert first.allows(uid, gids, 70000, groups[0], right)
+        assert second.allows(uid, gids, 70000, groups[1], right)
+
+
+@given(ACLS)
+def test_a_list_and_itself_give_the_same(acl: Acl) -> None:
+    both = acl.meet(acl, same_group=True)
+    assert both.effective == acl.effective
+    assert both.mode & 0o707 == acl.mode & 0o707
+    assert Acl.of_mode(acl.mode).mode == acl.mode

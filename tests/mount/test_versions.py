@@ -478,3 +478,32 @@ def test_only_who_may_read_the_cube_reads_its_past(mount: Mount) -> None:
     assert (mount.dir / ".memfs/deleted").read_text()
     assert as_user(1234, 1234, look, mount.dir / ".memfs/deleted").stdout.strip() == ""
     assert not may(look, at / "open/law/payload.md")
+
+
+@needs_root
+def test_access_lists_hold_in_the_past(mount: Mount) -> None:
+    for above in (mount.dir, *mount.dir.parents[:-1]):
+        above.chmod(above.stat().st_mode | 0o711)
+    cube = mount.cube("law", "one\n")
+    payload = cube / "payload.md"
+    payload.chmod(0o600)
+    done = subprocess.run(
+        ["setfacl", "-m", "u:1234:r", payload], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no access lists here: {done.stderr}")
+    payload.write_text("two\n")
+    first, second = (cube / ".versions" / stamp / "payload.md" for stamp in stamps(cube))
+    look = "import sys; print(open(sys.argv[1]).read())"
+
+    def may(path: Path, uid: int = 1234, gid: int = 1234) -> bool:
+        return as_user(uid, gid, look, path).returncode == 0
+
+    assert may(payload)
+    assert may(second)
+    assert not may(second, 2345, 2345)
+    assert not may(second, 2345, 0)  # the group that the list's mask looks like
+    assert may(first)  # everybody could read that one then, and he can now
+    assert not may(first, 2345, 2345)
+    subprocess.run(["setfacl", "-x", "u:1234", payload], check=True)
+    assert not may(second)

@@ -1,0 +1,78 @@
+"""Who may read what was: by today's rights, less what was not given then.
+
+Used by ``past``; any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memfs.cube import layout
+from memfs.cube.access import READ, SEARCH, Caller
+from memfs.cube.acl import Acl
+from memfs.vault.rights import acl_of
+from memfs.vault.store import Store
+from memfs.vault.versions import Entry, Parent, Version
+
+
+@dataclass(frozen=True)
+class Rights:
+    """Owner, group and access list of a file or directory."""
+
+    uid: int
+    gid: int
+    acl: Acl
+
+    @classmethod
+    def of(cls, store: Store, path: str) -> Rights:
+        """Those of what is in the store now. Raises OSError."""
+        found = store.stat(path)
+        return cls(found.st_uid, found.st_gid, acl_of(store, path))
+
+    @classmethod
+    def recorded(cls, then: Entry | Parent) -> Rights:
+        """Those that a version has of it."""
+        acl = Acl.of_mode(then.mode) if then.acl is None else Acl.parse(bytes.fromhex(then.acl))
+        return cls(then.uid, then.gid, acl)
+
+    def and_now(self, store: Store, *places: str) -> Rights:
+        """These as far as today's give them too: those of the first place where there is something.
+
+        The owner and the group are today's; where there is nothing, all is as it was.
+        """
+        for path in places:
+            try:
+                now = Rights.of(store, path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            acl = self.acl.meet(now.acl, same_group=self.gid == now.gid)
+            return Rights(now.uid, now.gid, acl)
+        return self
+
+    def allow(self, caller: Caller, wanted: int) -> bool:
+        """Whether they give a user who is not root all of READ, WRITE, SEARCH that is wanted."""
+        return self.acl.allows(caller.uid, caller.gids, self.uid, self.gid, wanted)
+
+
+def may_read(store: Store, caller: Caller, newest: Version) -> bool:
+    """Whether a cube can be read where it is now; one that is gone, whether it could be come to.
+
+    Args:
+        caller: not root.
+        newest: the cube's last version.
+    """
+    above = [""]
+    for part in newest.path.split("/"):
+        above.append(layout.join(above[-1], part))
+    try:
+        if newest.deleted:
+            ways = zip(newest.parents, above, strict=True)
+            rights = [Rights.recorded(parent).and_now(store, path) for parent, path in ways]
+            return all(right.allow(caller, SEARCH) for right in rights)
+        if not all(Rights.of(store, path).allow(caller, SEARCH) for path in above):
+            return False
+        return Rights.of(store, layout.join(newest.path, layout.PAYLOAD)).allow(caller, READ)
+    except FileNotFoundError:
+        return Rights.of(store, newest.path).allow(caller, READ)  # it has no text
+    except OSError:
+        return False
