@@ -211,6 +211,8 @@ class _Callbacks(mfusepy.Operations):
         fi.fh = self._handles.add(handle)
         fi.direct_io = handle.direct_io
         fi.keep_cache = handle.keep_cache
+        if _VERSION >= (3, 11):
+            fi.noflush = handle.noflush
         if handle.passed is not None:
             backing_id = ctypes.c_int32.from_address(ctypes.addressof(fi) + _BACKING_ID)
             backing_id.value = handle.passed.number

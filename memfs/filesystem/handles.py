@@ -28,6 +28,8 @@ class Handle:
     """Whether pages cached by an earlier open are still good."""
     frozen = False
     """Whether its cube was frozen since it was opened."""
+    noflush = False
+    """Whether nobody needs to hear of a descriptor that is closed."""
     passes = False
     """Whether the kernel may read it from the store by itself: nobody needs to see the reads."""
     passed: Passed | None = None
@@ -90,6 +92,8 @@ class Handle:
 class OpenFile(Handle):
     """A file of the store, as it is."""
 
+    noflush = True
+
     def __init__(self, path: str | None, fd: int, *, passes: bool = False) -> None:
         super().__init__(path)
         self.fd = fd
@@ -138,6 +142,7 @@ class OpenPayload(OpenFile):
     """
 
     writes = True
+    noflush = False
 
     def __init__(self, path: str, fd: int, changed: Callable[[str], None], *, dirty: bool) -> None:
         super().__init__(path, fd)

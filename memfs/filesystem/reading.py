@@ -100,6 +100,7 @@ class OpenBlob(OpenFile):
         """
         super().__init__(path, fd, passes=not seen)
         self.direct_io = seen
+        self.noflush = reading is None
         self._reading = reading
         self._context = context
         self._ino = ino
