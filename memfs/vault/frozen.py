@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Callable
 
 from memfs.cube import layout, metadata
@@ -50,9 +49,9 @@ class Frozen:
             return False  # it is put together there, and no cube as yet
         name = f"{path}/{layout.META}"
         try:
-            # Not walked component by component, as nothing is opened: a symlink that somebody puts
-            # on the way meanwhile could only make this answer wrong, and not what follows it.
-            found = os.stat(name, dir_fd=self._store.fd, follow_symlinks=False)
+            # Through no symlink: one may lead into the mount, which this very operation keeps from
+            # answering as long as it holds the directory.
+            found = self._store.stat(name)
         except OSError:
             return False
         known = self._read.get(path)

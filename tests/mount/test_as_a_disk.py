@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import stat
+import subprocess
 import time
 from pathlib import Path
 
@@ -86,3 +88,25 @@ def test_noatime_leaves_no_access_times(tmp_path: Path) -> None:
         os.utime(file, ns=(10**18, 10**18))
         assert file.read_text() == "x"
         assert file.stat().st_atime_ns == 10**18
+
+
+def test_symlinks_that_lead_into_the_mount_can_be_worked_on(tmp_path: Path) -> None:
+    """Whatever memfs looks at for an operation must not lead through the mount itself."""
+    with mounted_at(tmp_path) as mount:
+        served_by = mount.pid
+        (mount.dir / "below").mkdir()
+        (mount.dir / "below/file").write_text("x")
+        work = """
+            ln -s {0}/file link && ln -s {0} way && touch -h link && chown -h 0:0 way &&
+            mv link moved && ln -f moved hard && mv -T moved way && rm way hard && ls -A
+        """
+        done = subprocess.Popen(
+            ["sh", "-c", work.format(mount.dir / "below")],
+            cwd=mount.dir / "below",
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert done.communicate(timeout=20)[0] == b"file\n"
+        except subprocess.TimeoutExpired:
+            os.kill(served_by, signal.SIGKILL)  # it would never end, nor could it be unmounted
+            raise
