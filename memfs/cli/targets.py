@@ -103,6 +103,15 @@ def collection(given: str | None) -> Collection:
     return Collection(root, layout.split(path)[0], None)
 
 
+def place(given: str) -> Collection:
+    """Where a path is, whatever may be there: see ``collection``; or a name in the only mount."""
+    found = registry.find(given) or _in_a_mount(given)
+    if found is None:
+        return Collection(*_in_a_store(given), None)
+    record, path = found
+    return Collection(record.store, path, record.mountpoint)
+
+
 def open_store(root: str) -> Store:
     """A store as its files are to be read and written: through its mount, where it has one."""
     mountpoint = next((r.mountpoint for r in registry.running() if r.store == root), root)

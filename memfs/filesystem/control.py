@@ -166,13 +166,7 @@ class Control:
         )
 
     def _deleted(self, _uid: int | None) -> bytes:
-        return b"".join(
-            json.dumps(
-                {"path": end.path, "id": end.cube_id, "deleted": end.stamp, "last": last}
-            ).encode()
-            + b"\n"
-            for end, last in self._past.deleted()
-        )
+        return b"".join(json.dumps(line).encode() + b"\n" for line in self._past.deleted())
 
     def _facts(self, uid: int | None) -> dict[str, Any]:
         """Everything that ``status`` says; the runtime's part as ``memfs status --json`` has it."""

@@ -22,6 +22,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import xxhash
 
@@ -99,15 +100,22 @@ class Past:
         self._node(path)
         return PastDirectory(path, self)
 
-    def deleted(self) -> list[tuple[Version, str | None]]:
-        """The ends of deleted cubes that the caller may know of, each with its last version."""
+    def deleted(self) -> list[dict[str, Any]]:
+        """The deleted cubes that the caller may know of, in the order of their ends.
+
+        Each with its path, its id, when it was deleted, and its versions: where it was at which.
+        """
         found = []
         for cube_id in versions.cube_ids(self._store):
             newest = self._catalogue.history.newest(cube_id)
-            if newest is not None and newest.deleted and self._may_read(newest):
-                before = [s for s in versions.stamps(self._store, cube_id) if s < newest.stamp]
-                found.append((newest, before[-1] if before else None))
-        return sorted(found, key=lambda item: item[0].stamp)
+            if newest is None or not newest.deleted or not self._may_read(newest):
+                continue
+            known = [self._version(cube_id, s) for s in versions.stamps(self._store, cube_id)]
+            places = [(version.stamp, version.path) for version in known if not version.deleted]
+            found.append(
+                {"path": newest.path, "id": cube_id, "deleted": newest.stamp, "versions": places}
+            )
+        return sorted(found, key=lambda line: line["deleted"])
 
     # Finding
 

@@ -210,6 +210,11 @@ def read(store: Store, cube_id: str, stamp: str) -> Version:
     Raises VersionDamaged, or OSError where it cannot be read.
     """
     raw = store.read(f"{directory(cube_id, stamp)}/{DESCRIPTION}", MAX_DESCRIPTION)
+    return parse(cube_id, stamp, raw)
+
+
+def parse(cube_id: str, stamp: str, raw: bytes) -> Version:
+    """The version that the bytes of a description are of. Raises VersionDamaged."""
     try:
         data = json.loads(raw)
         if data["memfs_version"] != FORMAT:

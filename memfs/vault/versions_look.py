@@ -82,10 +82,11 @@ def event_for(previous: Version | None, present: Present) -> tuple[str, str | No
     """What happened to a cube since its newest version, and out of what; None for nothing."""
     if previous is None:
         return ("copied", present.copied_from) if present.copied_from else ("created", None)
-    if present.content == previous.content:
+    content = present.content
+    if content == previous.content:
         return None if present.path == previous.path else ("moved", None)
     for link in reversed(previous.chain):
-        if link.content == present.content and link.stamp:
+        if link.content == content and link.stamp:
             return "restored", link.stamp
     return ("created" if previous.deleted else "changed"), None
 
@@ -144,7 +145,7 @@ def _adapter(directory: int) -> dict[str, Entry]:
             if layout.is_temporary(name):
                 continue
             try:
-                fd = open_regular_at(holder, name)
+                fd = _open_unread(holder, name)
             except (FileNotFoundError, NotAllowed):
                 continue
             try:
@@ -156,6 +157,14 @@ def _adapter(directory: int) -> dict[str, Entry]:
     finally:
         os.close(holder)
     return found
+
+
+def _open_unread(directory: int, name: str) -> int:
+    """Opens a file so that a mount, if this is one, does not take it for a wish to use it."""
+    try:
+        return open_regular_at(directory, name, os.O_RDONLY | os.O_NOATIME)
+    except PermissionError:  # the kernel lets only the owner
+        return open_regular_at(directory, name)
 
 
 def entry_of(fd: int, digest: str | None, *, kept: bool = True) -> Entry:

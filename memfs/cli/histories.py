@@ -1,0 +1,153 @@
+"""Cubes and their versions as the commands see them: through a mount, or in a store without one.
+
+Through a mount a version is read as everybody reads it, in ``.versions/`` and ``.memfs/at/``, so
+nobody is told more than the mount tells him. Used by ``versions``, ``diff`` and ``restore``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from memfs.cli import targets
+from memfs.cube import layout, metadata
+from memfs.errors import InvalidMetadata, NotACube, NotAllowed, NotFound, VersionDamaged
+from memfs.operation.moment import end_of
+from memfs.vault import versions
+from memfs.vault.identity import read_meta
+from memfs.vault.store import Store
+from memfs.vault.versions import DESCRIPTION, Version
+from memfs.vault.versions_look import Present, look
+from memfs.vault.versions_restore import differing
+
+
+@dataclass(frozen=True)
+class History:
+    """A cube that has versions."""
+
+    store: Store
+    """As its files are read and written: the mount, where there is one."""
+    mounted: bool
+    path: str
+    cube_id: str
+    lives: bool
+    versions: list[Version]
+    """Oldest first; those that are damaged left out."""
+
+    def place(self, version: Version) -> str:
+        """The directory of a version."""
+        if not self.mounted:
+            return version.directory
+        if self.lives:
+            return f"{self.path}/{layout.VERSIONS}/{version.stamp}"
+        return f"{layout.AT}/{version.stamp}/{version.path}"
+
+    def present(self) -> Present | None:
+        """What the cube holds now."""
+        return look(self.store, self.path, None)
+
+    def version(self, text: str) -> Version:
+        """The version of that name, or the last one up to the end of a time.
+
+        Raises NotFound.
+        """
+        try:
+            end = versions.stamp_of(end_of(text))
+        except ValueError as e:
+            raise NotFound(str(e)) from None
+        found = [v for v in self.versions if v.stamp <= end]
+        if not found:
+            raise NotFound(f"{self.path} has no version from before {text}")
+        if found[-1].deleted:
+            raise NotFound(f"{self.path} was deleted at {found[-1].stamp}")
+        return found[-1]
+
+    def before_now(self) -> Version:
+        """The newest version that is another thing than the cube is now; if none is, the newest.
+
+        Raises NotFound where there is none at all.
+        """
+        present = self.present()
+        kept = [version for version in self.versions if not version.deleted]
+        if not kept:
+            raise NotFound(f"{self.path} has no versions")
+        return next((v for v in reversed(kept) if differing(v, present)), kept[-1])
+
+
+@contextlib.contextmanager
+def opened(given: str) -> Iterator[History]:
+    """The cube at a path, or that was there. Raises NotACube."""
+    where = targets.place(given)
+    mounted = where.mountpoint is not None
+    with targets.open_store(where.store) as store:
+        for path in (where.path, layout.split(where.path)[0]):
+            if path and layout.is_cube(_names(store, path)):
+                yield _living(store, path, mounted=mounted)
+                return
+        ended = [line for line in deleted(store, mounted=mounted) if line["path"] == where.path]
+        if not ended:
+            raise NotACube(f"{given}, nor was there lately")
+        yield _ended(store, ended[-1], mounted=mounted)
+
+
+def deleted(store: Store, *, mounted: bool) -> list[dict[str, Any]]:
+    """The deleted cubes that can be brought back: see ``Past.deleted``."""
+    if mounted:
+        fd = store.open_regular(f"{layout.CONTROL}/deleted")
+        with open(fd, encoding="ascii") as file:
+            return [json.loads(line) for line in file]
+    found = []
+    for cube_id in versions.cube_ids(store):
+        known = _read(store, cube_id, versions.stamps(store, cube_id))
+        if known and known[-1].deleted:
+            places = [(v.stamp, v.path) for v in known if not v.deleted]
+            line = {"path": known[-1].path, "id": cube_id}
+            found.append(line | {"deleted": known[-1].stamp, "versions": places})
+    return sorted(found, key=lambda line: str(line["deleted"]))
+
+
+def _living(store: Store, path: str, *, mounted: bool) -> History:
+    try:
+        cube_id = metadata.cube_id(read_meta(store, path))
+    except (FileNotFoundError, InvalidMetadata, NotAllowed) as e:
+        raise NotFound(f"{path}: nothing says which versions it has ({e})") from e
+    if not mounted:
+        found = _read(store, cube_id, versions.stamps(store, cube_id))
+    else:
+        base = f"{path}/{layout.VERSIONS}"
+        found = _described(store, cube_id, [(s, f"{base}/{s}") for s in _names(store, base)])
+    return History(store, mounted, path, cube_id, True, found)
+
+
+def _ended(store: Store, line: dict[str, Any], *, mounted: bool) -> History:
+    cube_id = line["id"]
+    if not mounted:
+        found = _read(store, cube_id, versions.stamps(store, cube_id))
+    else:
+        places = [(stamp, f"{layout.AT}/{stamp}/{path}") for stamp, path in line["versions"]]
+        found = _described(store, cube_id, places)
+        found.append(Version(cube_id, line["deleted"], line["path"], versions.DELETED))
+    return History(store, mounted, line["path"], cube_id, False, found)
+
+
+def _read(store: Store, cube_id: str, stamps: list[str]) -> list[Version]:
+    return _described(store, cube_id, [(s, versions.directory(cube_id, s)) for s in stamps])
+
+
+def _described(store: Store, cube_id: str, places: list[tuple[str, str]]) -> list[Version]:
+    found = []
+    for stamp, place in places:
+        with contextlib.suppress(VersionDamaged, FileNotFoundError):
+            raw = store.read(f"{place}/{DESCRIPTION}", versions.MAX_DESCRIPTION)
+            found.append(versions.parse(cube_id, stamp, raw))
+    return found
+
+
+def _names(store: Store, path: str) -> list[str]:
+    try:
+        return versions.names_in(store, path)
+    except PermissionError:
+        return []

@@ -1,0 +1,87 @@
+"""``memfs restore``: a cube is again what one of its versions was."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+
+from memfs.cli import histories, output
+from memfs.cli.histories import History
+from memfs.config import Config
+from memfs.errors import InvalidRequest
+from memfs.vault import versions, versions_make, versions_restore
+from memfs.vault.frozen import Frozen
+from memfs.vault.lock import lock
+from memfs.vault.versions import Version
+from memfs.vault.versions_look import look
+
+HELP = "bring back a version of a cube, or a deleted cube"
+EPILOG = """\
+examples:
+  memfs restore ~/mem/handbook                         undo the last change
+  memfs restore ~/mem/handbook 2026-11-22T10:42        as it was then
+  memfs restore ~/mem/gone                             a deleted cube, by the path it had
+  cp -a ~/mem/handbook/.versions/2026-…Z ~/mem/old     a version beside it, as a cube of its own
+
+Nothing is lost by it: what is replaced is a version itself, and restoring is a change like any
+other. Text, metadata and adapter come back; owner, group, mode and access list stay as they are,
+and a frozen cube has to be thawed first. A deleted cube comes back as it was, with its id. What a
+VERSION may be, memfs versions --help says.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "cube", metavar="CUBE", help="a path to a cube, or that of one that is gone"
+    )
+    parser.add_argument(
+        "version",
+        nargs="?",
+        metavar="VERSION",
+        help="which one (the newest that is not what the cube is now)",
+    )
+    parser.add_argument("--at", metavar="TIME", help="the one that was there at a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.version and args.at:
+        raise InvalidRequest("a VERSION and --at are two ways to say the same: give one")
+    wanted = args.version or args.at
+    with histories.opened(args.cube) as history, contextlib.ExitStack() as stack:
+        if not history.mounted:
+            store = history.store
+            stack.enter_context(lock(store, f"is restored into by process {os.getpid()}"))
+            Frozen(store).require(history.path)
+        version = history.version(wanted) if wanted else history.before_now()
+        names = versions_restore.restore(
+            history.store, history.place(version), version, history.path
+        )
+        if not history.mounted:
+            _record(history)
+    if args.json:
+        output.print_json({"cube": history.path, "version": version.stamp, "changed": names})
+    else:
+        print(_said(history, version, names))
+    return 0
+
+
+def _said(history: History, version: Version, names: list[str]) -> str:
+    path = output.plain(history.path)
+    if not names:
+        return f"{path} is as it was at {version.stamp} already"
+    if not history.lives:
+        return f"{path} is back, as it was at {version.stamp}"
+    return f"{path} is as it was at {version.stamp}: {', '.join(map(output.plain, names))}"
+
+
+def _record(history: History) -> None:
+    """Makes the version that a mount would make."""
+    budget = Config.load().versions_budget_bytes
+    previous = versions.newest(history.store, history.cube_id)
+    present = look(history.store, history.path, previous)
+    if present is not None and budget:
+        versions_make.make(
+            history.store, history.cube_id, present, previous, budget=budget, patient=True
+        )
