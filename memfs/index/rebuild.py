@@ -53,7 +53,7 @@ def index_directory(store: Store) -> Path:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """What a crash left beside an index of making it again; the next one to be made removes it."""
+    """What a crash left beside an index of making it again; removed when it is next opened."""
     return _beside(directory, "new") + _beside(directory, "old")
 
 
@@ -69,6 +69,8 @@ def open_or_empty(store: Store) -> tuple[Index, str | None]:
         return Index.open(scratch, temporary=True), "the store is read-only"
     directory = index_directory(store)
     _restore(directory)
+    for stale in leftovers(directory):
+        _discard(stale)
     reason = sound(directory)
     if reason is None:
         try:

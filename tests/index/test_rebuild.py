@@ -23,6 +23,7 @@ from memfs.index.rebuild import (
     MODEL,
     REBUILT,
     index_directory,
+    leftovers,
     open_or_empty,
     open_or_rebuild,
     rebuild,
@@ -307,6 +308,7 @@ def test_a_crash_between_the_two_renames(store: Store) -> None:
     index, reason = open_or_empty(store)
     assert reason is None
     assert index.get_info("mine") == 7
+    assert leftovers(directory) == []
     index.close()
 
 
