@@ -128,6 +128,12 @@ class ModelUnusable(MemfsError):
     exit_code = 6
 
 
+class DiskFull(MemfsError):
+    """there is no room on the disk"""
+
+    errno = _errno.ENOSPC
+
+
 class MountFailed(MemfsError):
     """the mount failed"""
 

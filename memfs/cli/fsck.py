@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from memfs.vault.store import Store
 HELP = "check everything a store holds, and repair it"
 EPILOG = """\
 examples:
-  memfs fsck ~/store             check files, headers, digests, audit trail and index
+  memfs fsck ~/store             check files, headers, digests, versions, trail, index
   memfs fsck --repair ~/store    and mend what is wrong
   memfs fsck --json ~/mem        of a mounted store, for a script
 
@@ -34,16 +35,17 @@ Every file of every cube is read. A store that is not mounted is locked meanwhil
 mounted can be checked, where changes under way are looked at twice, and not repaired.
 
 --repair deletes nothing: what is of no use where it lies is moved to STORE/.memfs/aside/TIME/,
-under the path that it had. A header that is missing or broken is written anew from what the
-index remembers, with the same id; the index is made again from the files. A broken chain of
-the audit trail stays as it is: what was lost of it cannot come back.
+under the path that it had. A header that is missing or broken is written anew from the last
+version that had one, or from what the index remembers, with the same id; the index is made
+again from the files. A broken chain of the audit trail stays as it is: what was lost of it
+cannot come back.
 
 exit status: 0 nothing is wrong, or all was mended; 1 problems remain; 9 the store is in use.
 """
 
 SETTLE_S = 2.5
 """A change through or beside a mount is finished and in its index after so long."""
-_ORDER = ("files", "metadata", "digests", "trail", "versions", "index")
+_ORDER = ("files", "metadata", "digests", "versions", "trail", "index")
 """In which areas are mended: the index last, from files that are right by then."""
 
 
@@ -137,25 +139,23 @@ class _Check:
             found += self._files.unlinked()
         found += [problem for path in sorted(by_cube) for problem in by_cube[path]]
         found += self._files.copies()
-        found += self._trail()
-        found += self._versions()
+        found += self._rest(trail.TRAIL, trail.problems(self._store))
+        found += self._rest(versions.ROOT, self._versions())
         found += self._index.whole()
         return sorted(found, key=lambda problem: _ORDER.index(problem.area))
 
-    def _trail(self) -> list[Problem]:
+    def _rest(self, path: str, problems: Iterator[Problem]) -> list[Problem]:
+        """What is wrong with something that lies in a directory of its own."""
         try:
-            return list(trail.problems(self._store))
+            return list(problems)
         except (OSError, NotAllowed) as e:
-            return [unreadable(trail.TRAIL, e)]
+            return [unreadable(path, e)]
 
-    def _versions(self) -> list[Problem]:
+    def _versions(self) -> Iterator[Problem]:
         def progress(count: int) -> None:
             self._progress.update(f"{output.number(count)} versions")
 
-        try:
-            return list(versions_check.problems(self._store, live=self._live, progress=progress))
-        except (OSError, NotAllowed) as e:
-            return [unreadable(versions.ROOT, e)]
+        return versions_check.problems(self._store, live=self._live, progress=progress)
 
     def _look(self, path: str) -> list[Problem]:
         """What is wrong with one cube."""

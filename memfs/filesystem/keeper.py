@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RETRY_SECONDS = 5.0
+"""When what could not be taken in is tried again: on a full disk, after so long."""
+
 T = TypeVar("T")
 Model = Mapping[str, str] | None
 
@@ -58,6 +61,7 @@ class IndexKeeper:
         self._thread = threading.Thread(target=self._work, name="index", daemon=True)
         self._watcher: Watcher | None = None
         self._stopping = False
+        self._retry_at: float | None = None  # where the disk had no room, or failed
         self._started = time.time()
 
     def start(self) -> None:
@@ -134,15 +138,34 @@ class IndexKeeper:
     # The housekeeping thread
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             try:
                 job()
             except IndexDamaged as e:
                 self._damaged(e)
             except OSError as e:
                 log.warning("index: %s", e)
+                self._retry_at = time.monotonic() + RETRY_SECONDS
             except Exception:
                 log.exception("housekeeping failed")
+
+    def _next(self) -> Callable[[], None] | None:
+        """The next job; to catch up with the files, where that is due and nothing else is."""
+        due = self._retry_at
+        try:
+            return self._jobs.get(timeout=None if due is None else max(0, due - time.monotonic()))
+        except queue.Empty:
+            self._retry_at = None
+            return self._catch_up
+
+    def _catch_up(self) -> None:
+        """What failed is done again: all of it, since what it was is not known any more."""
+        if self.index is None:
+            self._open()
+        elif self.reason:
+            self._rebuild()
+        else:
+            self._rescan()
 
     def _open(self) -> None:
         from memfs.index.rebuild import MODEL, open_or_empty
@@ -152,8 +175,7 @@ class IndexKeeper:
             index, reason = open_or_empty(self.store)
         except OSError as e:
             self.reason = f"it cannot be opened: {e}"
-            log.warning("index: %s", e)
-            return
+            raise
         if reason is not None:
             log.info("the index is made again: %s", reason)
         if self.model is None:
@@ -234,6 +256,9 @@ class IndexKeeper:
             refresh_all(self.store, self.index, paths, self.model, self._on_change)
         except IndexDamaged as e:
             self._damaged(e)
+        except OSError:
+            self.rescan()  # which is tried until it succeeds
+            raise
 
     def _anything_changed(self) -> None:
         """Events were lost, or watching has begun."""

@@ -110,7 +110,11 @@ class Staged(Handle):
         with self._lock:
             self._require_room(offset + len(buffer))
             self._change()
-            return os.pwrite(self._fd, buffer, offset)
+            try:
+                return os.pwrite(self._fd, buffer, offset)
+            except OSError as e:  # the disk is full: what is there is not what was meant
+                self._refused = e
+                raise
 
     def truncate(self, length: int) -> None:
         with self._lock:
@@ -136,6 +140,7 @@ class Staged(Handle):
             if self._temporary is None or self.path is None or not self._written:
                 return
             if self._refused is not None:
+                self._withdraw()
                 raise self._refused
             try:
                 if not self._accept(self.path):

@@ -209,7 +209,8 @@ def _look(
         if after.meta_sig is None:
             if after.id is None:
                 after = replace(after, id=known_id)
-            if adopting or _is_written(before, after):
+            # Without an id it never had one: where that failed, the disk was full.
+            if adopting or after.id is None or _is_written(before, after):
                 after = adopt(store, path, after, lambda cube_id: _owner(index, cube_id))
         owns = after == before or index.put(path, after)
         if after.id is not None and (before is None or before.id != after.id):

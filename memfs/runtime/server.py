@@ -7,13 +7,14 @@ client that says nothing costs a descriptor and no thread. Runs in the daemon's 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 from memfs.cube.access import Caller
-from memfs.errors import InvalidRequest, MemfsError, NotAllowed
+from memfs.errors import DiskFull, InvalidRequest, MemfsError, NotAllowed
 from memfs.runtime.protocol import MAX_LINE, decode, encode, peer_of
 from memfs.runtime.service import Service
 
@@ -69,7 +70,8 @@ class Server:
             error = e
         except OSError as e:
             where = f"{e.filename}: " if isinstance(e.filename, str) else ""
-            error = MemfsError(f"{where}{e.strerror or e}")
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+            error = (DiskFull if full else MemfsError)(f"{where}{e.strerror or e}")
         except Exception as e:  # one bad request must not end the daemon
             log.exception("a request failed")
             error = MemfsError(f"{type(e).__name__}: {e}")

@@ -16,10 +16,12 @@ from dataclasses import replace
 
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, MemfsError, NotAllowed
+from memfs.vault import versions
 from memfs.vault.aside import Aside
 from memfs.vault.facts import MAX_PAYLOAD, CubeFacts, with_meta
-from memfs.vault.identity import adopt, read_meta
+from memfs.vault.identity import adopt, holder, read_meta
 from memfs.vault.problem import Problem
+from memfs.vault.publish import publish_bytes
 from memfs.vault.sig import sig_of
 from memfs.vault.store import HIDDEN_DIR, Store
 
@@ -225,14 +227,42 @@ class FileCheck:
     def _write_header(self, cube: str, facts: CubeFacts) -> Callable[[], str]:
         def mend() -> str:
             known = self._known(cube) or facts
-            bare = replace(known, meta_sig=None, meta_reason=None)
+            cube_id = known.id or self._id_in_versions(cube)
+            kept = self._kept_header(cube_id) if cube_id is not None else None
+            if kept is not None and self._owner(str(cube_id)) in (None, cube):
+                path = layout.join(cube, layout.META)
+                like = holder(self._store, cube)
+                publish_bytes(self._store, path, kept, like=like, replace=False)
+                return f"the header of its last version was written, with its id {cube_id}"
+            bare = replace(known, id=cube_id, meta_sig=None, meta_reason=None)
             found = adopt(self._store, cube, bare, self._owner)
             if found.meta_sig is None:
                 raise MemfsError(f"{cube}/{layout.META} could not be written")
-            kept = "its id" if found.id == known.id else "a new id"
-            return f"a header was written, with {kept} {found.id}"
+            said = "its id" if found.id == cube_id else "a new id"
+            return f"a header was written, with {said} {found.id}"
 
         return mend
+
+    def _id_in_versions(self, cube: str) -> str | None:
+        """The id of the cube that was last known at a path, by its versions."""
+        taken = set(self._ids.values())
+        for cube_id in versions.cube_ids(self._store):
+            newest = None if cube_id in taken else versions.newest(self._store, cube_id)
+            if newest is not None and newest.path == cube and not newest.deleted:
+                return cube_id
+        return None
+
+    def _kept_header(self, cube_id: str) -> bytes | None:
+        """The header in the newest version that has a valid one."""
+        for stamp in reversed(versions.stamps(self._store, cube_id)):
+            path = layout.join(versions.directory(cube_id, stamp), layout.META)
+            try:
+                data = self._store.read(path, metadata.MAX_BYTES)
+                if metadata.cube_id(metadata.parse(data)) == cube_id:
+                    return data
+            except (OSError, InvalidMetadata, NotAllowed):
+                continue
+        return None
 
     def _tell_apart(self, cube: str, original: str) -> Callable[[], str]:
         def mend() -> str:

@@ -60,7 +60,7 @@ def adopt(
             store,
             layout.join(path, layout.META),
             metadata.render(meta),
-            like=_holder(store, path),
+            like=holder(store, path),
             replace=facts.meta_sig is not None,
         )
     except FileExistsError:
@@ -119,7 +119,7 @@ def _title(path: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _holder(store: Store, path: str) -> str:
+def holder(store: Store, path: str) -> str:
     """What the new meta.json takes its owner, group and mode from."""
     payload = layout.join(path, layout.PAYLOAD)
     try:

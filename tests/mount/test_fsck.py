@@ -104,3 +104,24 @@ def test_what_a_killed_mount_left_is_set_aside(tmp_path: Path) -> None:
     mount.start()
     assert mount.meta("law")["descriptive"]["title"] == "law"
     mount.stop()
+
+
+@pytest.mark.parametrize("index", ["there", "gone"])
+def test_a_header_comes_back_from_its_last_version(tmp_path: Path, index: str) -> None:
+    """With what no index knows: who may read it."""
+    with mounted_at(tmp_path) as mount:
+        mount.cube("law")
+        until(mount.has_index)
+        meta = mount.meta("law")
+        meta["governance"]["access"] = [{"who": "user:ann", "rights": ["read"]}]
+        (mount.dir / "law/meta.json").write_text(json.dumps(meta))
+    path = mount.store / "law/meta.json"
+    before = path.read_bytes()
+    path.write_text("{")
+    if index == "gone":
+        shutil.rmtree(mount.store / ".memfs/index")
+    status, said = fsck("--repair", mount.store)
+    assert status == 0, said
+    assert "the header of its last version was written" in said["problems"][0]["mended"]
+    assert json.loads(path.read_bytes()) == json.loads(before)
+    assert fsck(mount.store)[1]["problems"] == []
