@@ -113,7 +113,7 @@ def test_a_header_comes_back_from_its_last_version(tmp_path: Path, index: str) -
         mount.cube("law")
         until(mount.has_index)
         meta = mount.meta("law")
-        meta["governance"]["access"] = [{"who": "user:ann", "rights": ["read"]}]
+        meta["governance"]["access"] = [{"who": "context:night", "rights": ["read"]}]
         (mount.dir / "law/meta.json").write_text(json.dumps(meta))
     path = mount.store / "law/meta.json"
     before = path.read_bytes()
