@@ -108,12 +108,12 @@ def test_what_a_killed_mount_left_is_set_aside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", ["there", "gone"])
 def test_a_header_comes_back_from_its_last_version(tmp_path: Path, index: str) -> None:
-    """With what no index knows: who may read it."""
+    """With what no index knows: how private it is."""
     with mounted_at(tmp_path) as mount:
         mount.cube("law")
         until(mount.has_index)
         meta = mount.meta("law")
-        meta["governance"]["access"] = [{"who": "context:night", "rights": ["read"]}]
+        meta["governance"]["sensitivity"] = "secret"
         (mount.dir / "law/meta.json").write_text(json.dumps(meta))
     path = mount.store / "law/meta.json"
     before = path.read_bytes()
