@@ -41,6 +41,10 @@ class Config:
     """Bytes that earlier versions of a store's cubes may take on its disk; 0 makes none."""
     autostart: bool = True
     """Whether a read or a question starts the runtime when none is running."""
+    shared: str = ""
+    """Who else than its user may use a runtime: nobody, ``all`` or a group."""
+    runtime_of: str = ""
+    """The user whose shared runtime is used in place of an own one."""
     mount_on_read: bool = True
     """Whether reading a kv.safetensors or an adapter puts it into the model."""
 
@@ -101,6 +105,13 @@ def config_file(environ: Mapping[str, str] = os.environ) -> Path:
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Where converted models and other things that can be made again are kept."""
     return _xdg(environ, "XDG_CACHE_HOME", ".cache")
+
+
+def shared_dir(uid: int) -> Path:
+    """Where the socket of a runtime that a user shares is. Everybody may enter it; its name is the
+    same for everybody.
+    """
+    return Path("/run/memfs") if uid == 0 else Path(f"/tmp/memfs-shared-{uid}")
 
 
 def _xdg(environ: Mapping[str, str], variable: str, below_home: str) -> Path:

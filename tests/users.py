@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -15,11 +17,19 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 def as_user(
-    uid: int, body: Callable[[], T], *, gid: int | None = None, groups: Iterable[int] = ()
+    uid: int,
+    body: Callable[[], T],
+    *,
+    gid: int | None = None,
+    groups: Iterable[int] = (),
+    before: Callable[[], object] = lambda: None,
 ) -> T:
     """What ``body`` returns in a child of that user; what it raises is raised here.
 
     The ids need not be in the user database. The group is the same number unless another is given.
+
+    Args:
+        before: called in the child while it is still root's.
     """
     gid = uid if gid is None else gid
     heard, said = os.pipe()
@@ -27,6 +37,7 @@ def as_user(
     if child == 0:
         try:
             os.close(heard)
+            before()
             os.setgroups(list(groups))
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
@@ -46,3 +57,26 @@ def as_user(
     if error is not None:
         raise error
     return result
+
+
+@contextlib.contextmanager
+def in_context(unit: str) -> Iterator[Callable[[], None]]:
+    """Makes a control group as systemd does for a unit; what it gives moves a process into it.
+
+    The test is skipped where none can be made.
+    """
+    for hierarchy in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup", "/sys/fs/cgroup/systemd"):
+        group = Path(hierarchy, unit)
+        if not Path(hierarchy, "cgroup.procs").exists():
+            continue
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        break
+    else:
+        pytest.skip("no control group can be made here")
+    try:
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+    finally:
+        group.rmdir()

@@ -6,6 +6,7 @@ import argparse
 
 from memfs.cli import output, targets
 from memfs.config import Config
+from memfs.errors import RuntimeUnavailable
 from memfs.runtime import client
 from memfs.runtime.protocol import socket_path
 
@@ -15,6 +16,7 @@ examples:
   memfs runtime                          start it, and wait until the model answers
   memfs runtime -f --model ./my-model    in the foreground, with another model
   memfs runtime --prepare                fetch and convert the model, and start nothing
+  memfs runtime --shared llm             for the users of a group as well
   memfs runtime --stop
 
 A runtime is also started by the first question, or the first read of a KV cache.
@@ -30,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget-bytes", metavar="BYTES", help="for mounted KV caches, for example 4G"
     )
+    parser.add_argument(
+        "--shared",
+        nargs="?",
+        const="all",
+        metavar="GROUP",
+        help="let other users of this machine use it, or those of a group",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     targets.add_model_arguments(parser)
 
@@ -41,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         threads=args.threads,
         budget_bytes=args.budget_bytes,
+        shared=args.shared,
     )
     if args.prepare:
         return _prepare(config, as_json=args.json)
@@ -52,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return daemon.run(config, socket_path(config))
     with targets.runtime(config) as connection:
         facts = connection.call("status")
+    if args.shared is not None and facts["shared"] != args.shared:
+        raise RuntimeUnavailable("it is running already, and not shared so; memfs runtime --stop")
     if args.json:
         output.print_json(facts)
     else:

@@ -1,4 +1,4 @@
-"""Who may read a cube: the file modes' answer for a user id, as the kernel would give it.
+"""Who may read a cube: the answer of mode and access list for a user, as the kernel would give it.
 
 The runtime serves several users from one process, so the kernel cannot ask for it. Used with the
 ids that ``SO_PEERCRED`` or FUSE gave, never with ids that a request names. Any thread.
@@ -10,17 +10,22 @@ import grp
 import os
 import pwd
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
-READ, WRITE, SEARCH = 4, 2, 1
+from memfs.cube import process
+from memfs.cube.acl import SEARCH, Acl
 
 
 @dataclass(frozen=True)
 class Caller:
-    """A user with all the groups it is in."""
+    """Who asks: a user with all its groups, and the calling context."""
 
     uid: int
     gids: frozenset[int]
+    context: str | None = None
+    """See ``process``."""
 
     @classmethod
     def of(cls, uid: int, gid: int) -> Caller:
@@ -32,11 +37,47 @@ class Caller:
             pass  # a user the database does not know has only the group it came with
         return cls(uid, frozenset(gids))
 
+    @classmethod
+    def of_process(cls, uid: int, gid: int, pid: int) -> Caller:
+        """A process that waits for an answer, with the groups and the context that it has itself.
 
-def allowed(caller: Caller, found: os.stat_result, rights: int) -> bool:
-    """Whether the mode bits of ``found`` give ``caller`` all ``rights`` (READ, WRITE, SEARCH)."""
+        One that has ended has its group alone, and no context.
+        """
+        if uid == 0:
+            return cls(uid, frozenset({gid}))  # it has every right anyway
+        groups = process.groups_of(pid) or frozenset()
+        return cls(uid, groups | {gid}, process.context_of(pid))
+
+    @classmethod
+    def from_wire(cls, request: Mapping[str, Any]) -> Caller | None:
+        """The user that a request names, with the groups and the context that it says; or None."""
+        uid, gid, gids = request.get("uid"), request.get("gid"), request.get("gids")
+        if not _is_id(uid):
+            return None
+        if isinstance(gids, list) and all(map(_is_id, gids)):
+            context = request.get("context")
+            return cls(uid, frozenset(gids), context if isinstance(context, str) else None)
+        return cls.of(uid, gid) if _is_id(gid) else None
+
+    def to_wire(self) -> dict[str, Any]:
+        """As ``from_wire`` takes it."""
+        return {"uid": self.uid, "gids": sorted(self.gids), "context": self.context}
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def allowed(caller: Caller, found: os.stat_result, rights: int, acl: Acl | None = None) -> bool:
+    """Whether a file gives ``caller`` all ``rights`` (READ, WRITE, SEARCH).
+
+    Args:
+        found, acl: its status, and its access list where it has one.
+    """
     if caller.uid == 0:
         return not rights & SEARCH or stat.S_ISDIR(found.st_mode) or bool(found.st_mode & 0o111)
+    if acl is not None and found.st_mode & 0o070:  # the kernel skips a list that is masked out
+        return acl.allows(caller.uid, caller.gids, found.st_uid, found.st_gid, rights)
     if caller.uid == found.st_uid:
         bits = found.st_mode >> 6
     elif found.st_gid in caller.gids:

@@ -6,6 +6,7 @@ and its parts; pure, but for the name of the program, which is looked up. Any th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,32 @@ from memfs.vault.facts import CubeFacts
 from memfs.vault.sig import Sig
 
 Event = dict[str, Any]
+
+
+REPEATED_SECONDS = 1.0
+_KEPT = 4096
+
+
+class Denials:
+    """Denials that were told of lately. One that repeats is told of once a second: the trail keeps
+    so many events, and nobody shall be able to drive the others out of it.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[object, ...], float] = {}
+
+    def repeats(self, event: Event) -> bool:
+        """Whether an event is a denial that has just been told of; if not, it is now."""
+        if event.get("event") != "denied":
+            return False
+        key = tuple(event.get(name) for name in ("uid", "path", "right", "reason"))
+        now = time.monotonic()
+        if now - self._told.get(key, -REPEATED_SECONDS) < REPEATED_SECONDS:
+            return True
+        if len(self._told) >= _KEPT:
+            self._told.clear()
+        self._told[key] = now
+        return False
 
 
 def changes(path: str, before: CubeFacts | None, after: CubeFacts | None) -> Iterator[Event]:

@@ -70,6 +70,7 @@ class Catalogue:
         self._trail: Trail | None = None
         self._untold: dict[str, CubeFacts | None] = {}
         """What the trail last told of cubes that somebody is writing just now."""
+        self._denials = audit.Denials()
         self._early: set[str] = set()
         """Cubes whose change was told of before there was an index to compare them with."""
         self._recent: dict[str, CubeFacts] = {}
@@ -203,7 +204,7 @@ class Catalogue:
         """
         if event.get("event") == "refused":
             self.refusals.append({"time": rfc3339(), **event})
-        if self._trail is not None:
+        if self._trail is not None and not self._denials.repeats(event):
             self._trail.append(event)
 
     def events(self) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from memfs.cube.access import Caller
+
 
 class Context(NamedTuple):
     """The thread that asks. In a ``release`` all numbers are 0."""
@@ -25,6 +27,10 @@ class Context(NamedTuple):
     """Its thread id, which is also its process id in programs of one thread."""
     interrupted: Callable[[], bool]
     """Whether the caller was sent a signal and waits no longer. To be asked in this very thread."""
+
+    def caller(self) -> Caller:
+        """Whose rights count; while the caller waits."""
+        return Caller.of_process(self.uid, self.gid, self.pid)
 
 
 class _Opens(NamedTuple):

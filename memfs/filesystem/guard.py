@@ -7,7 +7,6 @@ EPERM, for root as well. Used by the tree and its parts; any thread.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from memfs.filesystem import audit
@@ -15,19 +14,14 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.vault.frozen import Frozen
 
-REPEATED_SECONDS = 1.0
-"""A denial that repeats is told of once in so long: nobody can flood the trail with them."""
-_KEPT = 4096
-
 
 class Guard:
-    """Refuses, and remembers."""
+    """Refuses, and has it remembered."""
 
     def __init__(self, catalogue: Catalogue, context: Callable[[], Context]) -> None:
         self._catalogue = catalogue
         self._context = context
         self._frozen = Frozen(catalogue.store, self._was_frozen)
-        self._told: dict[tuple[object, ...], float] = {}
 
     def is_frozen(self, cube: str) -> bool:
         """Whether a cube, or one that it lies in, is frozen."""
@@ -43,15 +37,8 @@ class Guard:
 
     def denied(self, cube: str, right: str, why: str, **more: str) -> None:
         """Has the trail say that the caller was denied something."""
-        context, now = self._context(), time.monotonic()
-        key = (context.uid, cube, right, why)
-        if now - self._told.get(key, -REPEATED_SECONDS) < REPEATED_SECONDS:
-            return
-        if len(self._told) >= _KEPT:
-            self._told.clear()
-        self._told[key] = now
         event = {"event": "denied", "path": cube, "right": right, "reason": why}
-        self._catalogue.log(event | more | audit.actor(context))
+        self._catalogue.log(event | more | audit.actor(self._context()))
 
     def _was_frozen(self, cube: str) -> bool:
         known = self._catalogue.keeper.ask(lambda index: index.get(cube), None)

@@ -36,6 +36,8 @@ class Handle:
     """What the kernel was told to read instead of asking us, unless ``direct_io`` is set too."""
     file: tuple[int, int] | None = None
     """Device and inode of the file in the store, where that is the same all the while."""
+    refused = False
+    """Whether a write was not taken since: the kernel may have cached what is nowhere else."""
     writes = False
     """Whether a cube changes by it: its closes tell of that."""
 
@@ -131,6 +133,7 @@ class OpenFile(Handle):
 
     def _require_writable(self) -> None:
         if self.frozen:
+            self.refused = True
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), self.path)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from memfs.config import Config
+from memfs.cube.access import Caller
 from memfs.errors import Interrupted, MemfsError, Refused, RuntimeUnavailable
 from memfs.runtime.client import RuntimeClient, connect
 
@@ -122,11 +123,11 @@ class Link:
         self._responsive = True
         self._subscription: RuntimeClient | None = None
         self._tell: queue.SimpleQueue[tuple[str, dict[str, object]] | None] = queue.SimpleQueue()
-        self._mounts: queue.SimpleQueue[tuple[str, str, int, int, Ticket] | None] = (
+        self._mounts: queue.SimpleQueue[tuple[str, str, Caller, Ticket] | None] = (
             queue.SimpleQueue()
         )
-        self._asked: dict[tuple[str, str, int], Ticket] = {}
-        self._made: dict[tuple[str, int], Making] = {}
+        self._asked: dict[tuple[str, str, Caller], Ticket] = {}
+        self._made: dict[tuple[str, Caller], Making] = {}
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -164,14 +165,14 @@ class Link:
         """Somebody waited in vain: nobody does again until it answers."""
         self._responsive = False
 
-    def mount(self, path: str, kind: str, uid: int, gid: int) -> Ticket:
+    def mount(self, path: str, kind: str, caller: Caller) -> Ticket:
         """Asks for a cube's memory to be put into the model, in this user's session."""
-        key = (path, kind, uid)
+        key = (path, kind, caller)
         with self._lock:
             ticket = self._asked.get(key)
             if ticket is None:
                 ticket = self._asked[key] = Ticket()
-                self._mounts.put((path, kind, uid, gid, ticket))
+                self._mounts.put((path, kind, caller, ticket))
         return ticket
 
     def changed(self, path: str) -> None:
@@ -193,15 +194,15 @@ class Link:
         if self.state.phase != "absent":
             self._tell.put(("moved", {"old": old, "new": new}))
 
-    def make(self, path: str, uid: int, gid: int) -> Making:
+    def make(self, path: str, caller: Caller) -> Making:
         """Has a cube's KV cache made. Whoever calls it calls ``leave`` in the end."""
         with self._lock:
-            making = self._made.get((path, uid))
+            making = self._made.get((path, caller))
             if making is not None and not making.done:
                 making.waiting += 1
                 return making
-            making = self._made[path, uid] = Making(path)
-        self._thread(lambda: self._make(making, uid, gid))
+            making = self._made[path, caller] = Making(path)
+        self._thread(lambda: self._make(making, caller))
         return making
 
     def leave(self, making: Making) -> None:
@@ -295,23 +296,25 @@ class Link:
 
     def _mount_all(self) -> None:
         while (item := self._mounts.get()) is not None:
-            path, kind, uid, gid, ticket = item
+            path, kind, caller, ticket = item
             try:
                 with connect(self._config, start=self._config.autostart) as client:
                     self._look_now.set()
-                    client.call("mount", store=self._store, path=path, kind=kind, uid=uid, gid=gid)
+                    client.call(
+                        "mount", store=self._store, path=path, kind=kind, **caller.to_wire()
+                    )
                     self._responsive = True
             except Refused as e:
                 log.debug("%s was not mounted: %s", path, e)  # the runtime has told everybody
             except MemfsError as e:
                 if self._config.autostart or not isinstance(e, RuntimeUnavailable):
-                    self._refused(path, kind, uid, e)
+                    self._refused(path, kind, caller.uid, e)
             finally:
                 with self._lock:
-                    self._asked.pop((path, kind, uid), None)
+                    self._asked.pop((path, kind, caller), None)
                 ticket.finish()
 
-    def _make(self, making: Making, uid: int, gid: int) -> None:
+    def _make(self, making: Making, caller: Caller) -> None:
         error: MemfsError | None = None
         try:
             with connect(self._config, start=self._config.autostart) as client:
@@ -323,15 +326,14 @@ class Link:
                     "encode",
                     store=self._store,
                     path=making.path,
-                    uid=uid,
-                    gid=gid,
                     mount=False,
                     force=False,
+                    **caller.to_wire(),
                 )
         except MemfsError as e:
             error = e
             if making.waiting:
-                self._refused(making.path, "kv", uid, e)
+                self._refused(making.path, "kv", caller.uid, e)
         finally:
             making.finish(error)
 

@@ -47,7 +47,7 @@ class Makers:
 
     def begin(self, cube: str, context: Context) -> Making:
         """Has the cube's KV cache made; ``end`` must follow."""
-        return self._link.make(cube, context.uid, context.gid)
+        return self._link.make(cube, context.caller())
 
     def end(self, making: Making) -> None:
         """One who asked for it has it, or wants it no more."""

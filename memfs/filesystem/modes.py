@@ -55,11 +55,15 @@ class Modes:
                 return
             if handle.passes and not others:
                 handle.passed = self._passthrough.begin(fd, file)
-            if handle.passed is None:
+            if any(other.refused for other in others):
+                self._cached.pop(node, None)
+            elif handle.passed is None:
                 self._cache(handle, node, settled_sig(found))
 
     def dismiss(self, handle: Handle) -> None:
         """A file was closed for good."""
+        if handle.refused:
+            self._cached.pop(handle.node, None)
         passed, handle.passed = handle.passed, None
         if passed is not None:
             passed.users -= 1

@@ -65,7 +65,7 @@ class Reading:
     def began(self, cube: str, kind: str, context: Context) -> Ticket:
         """A read that counts. At once; the mount goes on by itself."""
         self._catalogue.count(cube, reads=1)
-        return self._link.mount(cube, kind, context.uid, context.gid)
+        return self._link.mount(cube, kind, context.caller())
 
     def settle(self, ticket: Ticket) -> None:
         """The reader closes the file: what it started should show, where that takes no time."""

@@ -5,8 +5,10 @@ A ``RuntimeClient`` is one connection and belongs to one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -18,8 +20,16 @@ from types import TracebackType
 from typing import Any
 
 from memfs.config import Config
-from memfs.errors import InvalidRequest, RuntimeUnavailable, from_wire
-from memfs.runtime.protocol import MAX_LINE, decode, encode, model_spec, socket_path
+from memfs.errors import InvalidConfig, InvalidRequest, RuntimeUnavailable, from_wire
+from memfs.runtime.protocol import (
+    MAX_LINE,
+    decode,
+    encode,
+    model_spec,
+    peer_ids,
+    shared_socket_path,
+    socket_path,
+)
 
 START_SECONDS = 10.0
 """How long a new daemon may take to answer its socket. It binds that before it loads anything."""
@@ -30,14 +40,22 @@ STOP_SECONDS = 30.0
 class RuntimeClient:
     """A connection to a runtime."""
 
-    def __init__(self, path: Path) -> None:
-        """Connects. Raises RuntimeUnavailable where nobody listens, or we may not talk to them."""
+    def __init__(self, path: Path, served_by: int | None = None) -> None:
+        """Connects. Raises RuntimeUnavailable where nobody listens, or we may not talk to them.
+
+        Args:
+            served_by: the user whose process it has to be; root's will do as well. Not needed for a
+                socket in a directory of our own.
+        """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.connect(os.fspath(path))
         except OSError as e:
             self._socket.close()
             raise RuntimeUnavailable(f"{path}: {e.strerror}") from e
+        if served_by is not None and peer_ids(self._socket)[1] not in (0, served_by):
+            self._socket.close()
+            raise RuntimeUnavailable(f"{path}: it is not user {served_by} who listens there")
         self._pending = b""
 
     def call(self, op: str, *, timeout: float | None = None, **args: object) -> dict[str, Any]:
@@ -105,15 +123,21 @@ class RuntimeClient:
 
 
 def connect(config: Config, *, start: bool) -> RuntimeClient:
-    """A connection to the runtime of this configuration's model.
+    """A connection to the runtime of this configuration's model: our own, else one that root shares
+    with us; or, where the configuration says so, another user's.
 
     With ``start`` a daemon is started where none answers; its model may still be loading when this
     returns. Raises RuntimeUnavailable.
     """
+    if config.runtime_of:
+        uid = _uid(config.runtime_of)
+        return RuntimeClient(shared_socket_path(config, uid), served_by=uid)
     path = socket_path(config)
     try:
         return RuntimeClient(path)
     except RuntimeUnavailable:
+        with contextlib.suppress(RuntimeUnavailable):
+            return RuntimeClient(shared_socket_path(config, 0), served_by=0)
         if not start:
             raise
     with (path.parent / f"{path.name}.lock").open("w") as lock:
@@ -149,10 +173,20 @@ def log_path(config: Config) -> Path:
     return socket_path(config).with_suffix(".log")
 
 
+def _uid(user: str) -> int:
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        if user.isdecimal():
+            return int(user)
+        raise InvalidConfig(f"runtime_of: there is no user {user!r}") from None
+
+
 def _start(config: Config, path: Path) -> RuntimeClient:
     command = [sys.executable, "-m", "memfs.runtime.daemon", "--socket", os.fspath(path)]
     command += ["--model", model_spec(config), "--device", config.device, "--dtype", config.dtype]
     command += ["--threads", str(config.threads), "--budget-bytes", str(config.budget_bytes)]
+    command += ["--shared", config.shared]
     with log_path(config).open("ab") as log:
         daemon = subprocess.Popen(
             command,

@@ -12,9 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memfs.cube import layout
-from memfs.cube.access import READ, SEARCH, Caller, allowed
-from memfs.errors import InvalidRequest, NotACube, NotAllowed, NotFound
+from memfs.cube.access import Caller, allowed
+from memfs.cube.acl import READ, SEARCH, Acl, Who, who_of
+from memfs.errors import (
+    InvalidMetadata,
+    InvalidRequest,
+    MemfsError,
+    NotACube,
+    NotAllowed,
+    NotFound,
+)
+from memfs.operation.governance import Context, Governed, Grantees, denial
 from memfs.vault.frozen import Frozen
+from memfs.vault.identity import read_meta
+from memfs.vault.rights import acl_bytes
 from memfs.vault.store import Store
 
 MAX_TEXT = 64 << 20
@@ -64,19 +75,66 @@ class Cube:
         """Path of its KV cache."""
         return layout.join(self.path, layout.KV)
 
-    def require(self, caller: Caller, name: str) -> None:
-        """Raises NotAllowed where ``caller`` may not read the file ``name`` of this cube."""
+    def require(self, caller: Caller, right: str, name: str = layout.PAYLOAD) -> None:
+        """Raises NotAllowed where ``caller`` may not read a file of this cube, or has not a right.
+
+        The answer for what may not be read is that of the kernel: it does not tell whether there is
+        anything behind a directory that may not be entered, and nothing is looked at before.
+
+        Args:
+            right: mount or promote.
+        """
+        self.require_entry(caller)
+        for file in dict.fromkeys((layout.PAYLOAD, name)):
+            try:
+                readable = self._allowed(caller, layout.join(self.path, file), READ)
+            except NotACube as e:
+                raise NotFound(f"{self.path} has no {file}") from e
+            if not readable:
+                raise NotAllowed(f"{layout.join(self.path, file)}: you may not read it")
+        owner = self._stat(self.payload).st_uid
+        why = denial(caller, right, Governed(owner, readable=True, granted=self._granted()))
+        if why is not None:
+            raise NotAllowed(f"{self.path}: {why}")
+
+    def require_entry(self, caller: Caller) -> None:
+        """Raises NotAllowed where ``caller`` may not enter its directory, or one above it."""
         parts = self.path.split("/")
         for depth in range(len(parts) + 1):
             above = "/".join(parts[:depth])
-            if not allowed(caller, self._stat(above), SEARCH):
+            if not self._allowed(caller, above, SEARCH):
                 raise NotAllowed(f"{self.path}: you may not enter {above or 'the store'}")
+
+    def visible(self, caller: Caller) -> bool:
+        """Whether ``caller`` may have it mounted."""
         try:
-            found = self.store.stat(layout.join(self.path, name))
-        except FileNotFoundError as e:
-            raise NotFound(f"{self.path} has no {name}") from e
-        if not allowed(caller, found, READ):
-            raise NotAllowed(f"{layout.join(self.path, name)}: you may not read it")
+            self.require(caller, "mount")
+        except (MemfsError, OSError):
+            return False
+        return True
+
+    def _allowed(self, caller: Caller, path: str, rights: int) -> bool:
+        found = self._stat(path)
+        if caller.uid == 0:
+            return allowed(caller, found, rights)
+        raw = acl_bytes(self.store, path)
+        return allowed(caller, found, rights, Acl.parse(raw) if raw else None)
+
+    def _granted(self) -> dict[str, Grantees] | None:
+        """Whom the header names for each right; None where it cannot be read."""
+        try:
+            header = read_meta(self.store, self.path)
+        except FileNotFoundError:
+            return {}
+        except (OSError, InvalidMetadata, NotAllowed):
+            return None
+        granted: dict[str, set[Who | Context | None]] = {}
+        for entry in header.get("governance", {}).get("access", []):
+            kind, _, name = entry["who"].partition(":")
+            who = Context(name) if kind == "context" else who_of(entry["who"])
+            for right in entry["rights"]:
+                granted.setdefault(right, set()).add(who)
+        return {right: frozenset(who) for right, who in granted.items()}
 
     def require_writable(self) -> None:
         """Raises NotAllowed where the cube, or one that it lies in, is frozen."""
@@ -124,15 +182,34 @@ class Stores:
     def __init__(self) -> None:
         self._open: dict[str, Store] = {}
 
-    def cube(self, root: str, path: str) -> Cube:
-        """The cube at ``path`` in the store at ``root``. Raises InvalidRequest, NotFound."""
+    def cube(self, root: str, path: str, caller: Caller) -> Cube:
+        """The cube at ``path`` in the store at ``root``. Raises InvalidRequest, NotFound.
+
+        To other users than the daemon's own every directory that is no store, or that they may not
+        enter, is the same: NotAllowed.
+        """
         if not os.path.isabs(root) or not path or path.startswith("/"):
             raise InvalidRequest("a cube is named by an absolute store and a path within it")
+        own = caller.uid in (0, os.geteuid())
+        try:
+            store = self._store(root, own=own)
+            if not own:
+                Cube(store, "").require_entry(caller)
+        except (NotFound, NotAllowed, OSError):
+            if own:
+                raise
+            raise NotAllowed(f"{root}: there is no store that you may enter") from None
+        return Cube(store, path)
+
+    def _store(self, root: str, *, own: bool) -> Store:
         store = self._open.get(root)
         if store is None or not _same_directory(store, root):
             store = Store.open(Path(root), create_control=False)
+            if not own and not store.control_dir.is_dir():
+                store.close()
+                raise NotFound(root)
             self._open[root] = store
-        return Cube(store, path)
+        return store
 
 
 def _same_directory(store: Store, root: str) -> bool:

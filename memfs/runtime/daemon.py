@@ -10,20 +10,27 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import grp
 import logging
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memfs.config import Config
-from memfs.errors import RuntimeUnavailable
+from memfs.config import Config, shared_dir
+from memfs.errors import InvalidConfig, RuntimeUnavailable
+from memfs.runtime.protocol import shared_socket_path
 
 if TYPE_CHECKING:
     from memfs.runtime.resident import Resident
+
+
+EVERYBODY = "all"
+"""What ``shared`` says where it is not a group."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,28 +41,37 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(option, default=getattr(Config, option[2:]))
     parser.add_argument("--threads", type=int, default=Config.threads)
     parser.add_argument("--budget-bytes", type=int, default=Config.budget_bytes)
+    parser.add_argument("--shared", default=Config.shared)
     args = parser.parse_args(argv)
-    config = Config(args.model, args.device, args.dtype, args.threads, args.budget_bytes)
+    config = Config(
+        args.model, args.device, args.dtype, args.threads, args.budget_bytes, shared=args.shared
+    )
     try:
         return run(config, args.socket)
-    except RuntimeUnavailable as e:
+    except (RuntimeUnavailable, InvalidConfig) as e:
         print(f"memfs: {e}", file=sys.stderr)  # noqa: T201  a daemon's last words, for its log
         return e.exit_code
 
 
 def run(config: Config, path: Path) -> int:
-    """Serves a configuration's model at a socket until it is stopped.
+    """Serves a configuration's model at a socket until it is stopped; where it is shared, at
+    another as well.
 
-    Raises RuntimeUnavailable where another daemon serves there.
+    Raises:
+        RuntimeUnavailable: another daemon serves there.
+        InvalidConfig: it cannot be shared in this way.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _only_one(path), _listening(path) as listening:
+    with _only_one(path), contextlib.ExitStack() as sockets:
+        listening = [sockets.enter_context(_listening(path))]
+        if config.shared:
+            listening.append(sockets.enter_context(_listening_to_others(config)))
         asyncio.run(_serve(config, listening))
     return 0
 
 
-async def _serve(config: Config, listening: socket.socket) -> None:
+async def _serve(config: Config, listening: list[socket.socket]) -> None:
     from memfs.runtime.server import Server  # torch: seconds, while clients already connect
     from memfs.runtime.service import Service
 
@@ -118,6 +134,32 @@ def _listening(path: Path) -> Iterator[socket.socket]:
     finally:
         listening.close()
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _listening_to_others(config: Config) -> Iterator[socket.socket]:
+    """A socket that all users, or those of a group, may connect to."""
+    directory = shared_dir(os.getuid())
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(0o755)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise InvalidConfig(f"shared: {directory} is not ours alone to write; remove it")
+    directory.chmod(0o755)
+    path = shared_socket_path(config, os.getuid())
+    gid = -1
+    if config.shared != EVERYBODY:
+        try:
+            gid = grp.getgrnam(config.shared).gr_gid
+        except KeyError:
+            raise InvalidConfig(f"shared: there is no group {config.shared!r}") from None
+    with _listening(path) as listening:
+        try:
+            os.chown(path, -1, gid)
+        except PermissionError:
+            raise InvalidConfig(f"shared: you are not in the group {config.shared}") from None
+        path.chmod(0o660 if gid >= 0 else 0o666)
+        yield listening
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from memfs.cube import layout, metadata
+from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidMetadata, MemfsError, NotAllowed, Refused
 from memfs.runtime import kv_store
@@ -170,7 +171,7 @@ class Mounted:
     def refuse(self, cube: Cube, uid: int, error: MemfsError) -> None:
         """Remembers and announces that a cube was refused."""
         event = {"cube": cube.path, "store": str(cube.store.root), "reason": str(error)}
-        self.refusals.append({**event, "time": rfc3339()})
+        self.refusals.append({**event, "uid": uid, "time": rfc3339()})
         self.announce("refused", cube, uid=uid, reason=str(error))
 
     def announce(self, event: str, cube: Cube, **facts: object) -> None:
@@ -181,6 +182,15 @@ class Mounted:
     def lines(self) -> list[dict[str, Any]]:
         """One line for each memory in the model, for ``status``."""
         return [self._line(entry) for entry in self.residency]
+
+    async def lines_for(self, caller: Caller) -> list[dict[str, Any]]:
+        """The same for a user: of what he may mount, and without other users' sessions."""
+        told = []
+        for cube, line in [(entry.value.cube, self._line(entry)) for entry in self.residency]:
+            if cube is not None and await self._in_io(cube.visible, caller):
+                own = [uid for uid in line["sessions"] if uid == caller.uid]
+                told.append({**line, "sessions": own})
+        return told
 
     def _line(self, entry: Entry[Memory]) -> dict[str, Any]:
         cube = entry.value.cube

@@ -18,8 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memfs.config import DEFAULT_MODEL, Config, runtime_dir
+from memfs.config import DEFAULT_MODEL, Config, runtime_dir, shared_dir
+from memfs.cube.access import Caller
+from memfs.cube.process import context_of, groups_of
 from memfs.errors import InvalidRequest
+
+_SO_PEERGROUPS = 59
+_GROUPS_BYTES = 1024
+"""The most that Python asks for: 256 groups."""
 
 MAX_LINE = 8 << 20
 """Bytes of one line; a longer one ends the connection."""
@@ -44,7 +50,16 @@ def model_key(config: Config) -> str:
 
 def socket_path(config: Config) -> Path:
     """The socket of the runtime that serves this configuration's model. It need not exist."""
-    return runtime_dir() / f"runtime-{model_key(config)}.sock"
+    return runtime_dir() / _socket_name(config)
+
+
+def shared_socket_path(config: Config, uid: int) -> Path:
+    """The socket at which a user shares that runtime. It need not exist."""
+    return shared_dir(uid) / _socket_name(config)
+
+
+def _socket_name(config: Config) -> str:
+    return f"runtime-{model_key(config)}.sock"
 
 
 def encode(message: Mapping[str, object]) -> bytes:
@@ -63,8 +78,19 @@ def decode(line: bytes) -> dict[str, Any]:
     return message
 
 
-def peer_of(connection: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) of the process at the other end, as the kernel knows it."""
+def peer_of(connection: socket.socket) -> Caller:
+    """The process at the other end, as the kernel knew it when it connected."""
+    pid, uid, gid = peer_ids(connection)
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+        groups = frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
+    except OSError:  # it has more
+        groups = groups_of(pid) or frozenset()
+    return Caller(uid, groups | {gid}, context_of(pid))
+
+
+def peer_ids(connection: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process at the other end."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, gid = struct.unpack("3i", raw)
     return pid, uid, gid

@@ -15,6 +15,7 @@ from typing import Any
 
 from memfs.cube.access import Caller
 from memfs.errors import DiskFull, InvalidRequest, MemfsError, NotAllowed
+from memfs.runtime.cubes import Cube
 from memfs.runtime.protocol import MAX_LINE, decode, encode, peer_of
 from memfs.runtime.service import Service
 
@@ -32,11 +33,15 @@ class Server:
         self._own_uid = own_uid
         self.stopped = asyncio.Event()
 
-    async def serve(self, listening: socket.socket) -> None:
+    async def serve(self, listening: list[socket.socket]) -> None:
         """Accepts until ``stopped`` is set."""
-        server = await asyncio.start_unix_server(self._connection, sock=listening, limit=MAX_LINE)
+        servers = [
+            await asyncio.start_unix_server(self._connection, sock=sock, limit=MAX_LINE)
+            for sock in listening
+        ]
         await self.stopped.wait()
-        server.close()  # not waited for: clients may keep their connections open
+        for server in servers:
+            server.close()  # not waited for: clients may keep their connections open
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = peer_of(writer.get_extra_info("socket"))
@@ -57,12 +62,10 @@ class Server:
             line.cancel()
             writer.close()
 
-    async def _answer(
-        self, data: bytes, peer: tuple[int, int, int], writer: asyncio.StreamWriter
-    ) -> None:
+    async def _answer(self, data: bytes, peer: Caller, writer: asyncio.StreamWriter) -> None:
         try:
             request = decode(data)
-            async for line in self._run(request, self._caller(request, peer), peer[1]):
+            async for line in self._run(request, self._caller(request, peer), peer):
                 writer.write(encode(line))
                 await writer.drain()
             return
@@ -78,17 +81,16 @@ class Server:
         writer.write(encode({"error": error.to_wire()}))
         await writer.drain()
 
-    def _caller(self, request: Request, peer: tuple[int, int, int]) -> Caller:
+    def _caller(self, request: Request, peer: Caller) -> Caller:
         """Whose rights count: the peer's; the mount process (root, or the daemon's own user) may
         say for which user it asks."""
-        _, uid, gid = peer
-        named = request.get("uid"), request.get("gid")
-        if uid in (0, self._own_uid) and all(type(n) is int and n >= 0 for n in named):
-            uid, gid = named  # type: ignore[assignment]
-        return Caller.of(uid, gid)
+        return (self._is_trusted(peer) and Caller.from_wire(request)) or peer
+
+    def _is_trusted(self, peer: Caller) -> bool:
+        return peer.uid in (0, self._own_uid)
 
     async def _run(  # noqa: PLR0912  one branch an operation
-        self, request: Request, caller: Caller, peer_uid: int
+        self, request: Request, caller: Caller, peer: Caller
     ) -> AsyncIterator[dict[str, Any]]:
         """The lines that answer a request: events, and ``{"ok": …}`` in the end."""
         service, op = self._service, request.get("op")
@@ -98,34 +100,39 @@ class Server:
             async for event in service.ready():
                 yield event
         elif op == "status":
-            yield {"ok": service.status()}
+            yield {"ok": await service.status(None if self._is_trusted(peer) else peer)}
         elif op == "mount":
             kind, pin = str(request.get("kind", "kv")), bool(request.get("pin"))
-            yield {"ok": await service.mount(caller, self._cube(request), kind, pin)}
+            yield {"ok": await service.mount(caller, self._cube(request, caller), kind, pin)}
         elif op == "unmount":
-            cube = self._cube(request) if request.get("path") is not None else None
+            named = request.get("path") is not None
+            cube = self._cube(request, caller) if named else None
             yield {"ok": await service.unmount(caller, cube)}
         elif op == "changed":
-            await service.changed(self._cube(request))
+            await service.changed(self._stores_cube(request, peer))
             yield {"ok": {}}
         elif op == "moved":
-            old, new = self._cube(request, "old"), self._cube(request, "new")
+            old = self._stores_cube(request, peer, "old")
+            new = self._stores_cube(request, peer, "new")
             service.moved(str(old.store.root), old.path, new.path)
             yield {"ok": {}}
         elif op == "encode":
             mount, force = bool(request.get("mount")), bool(request.get("force"))
             async for event in service.encode(
-                caller, self._cube(request), mount=mount, force=force
+                caller, self._cube(request, caller), mount=mount, force=force
             ):
                 yield event
         elif op == "ask":
             async for event in self._ask(request, caller):
                 yield event
         elif op == "subscribe":
-            async for event in service.subscribe(str(request.get("store"))):
+            root = str(request.get("store"))
+            if not self._is_trusted(peer) and not service.owns(peer, root):
+                raise NotAllowed(f"{root}: only its owner is told of what happens in a store")
+            async for event in service.subscribe(root):
                 yield event
         elif op == "stop":
-            if peer_uid not in (0, self._own_uid):
+            if not self._is_trusted(peer):
                 raise NotAllowed("only the daemon's own user may stop it")
             self.stopped.set()
             yield {"ok": {}}
@@ -143,12 +150,18 @@ class Server:
         if named is not None:
             if not isinstance(named, list) or not all(isinstance(c, dict) for c in named):
                 raise InvalidRequest("cubes must be a list of {store, path}")
-            cubes = [self._cube(c) for c in named]
+            cubes = [self._cube(c, caller) for c in named]
         kv = request.get("kv") is not False
         return self._service.ask(caller, cubes, question, kv=kv, limit=limit)
 
-    def _cube(self, request: Request, field: str = "path") -> Any:
-        return self._service.cube(request.get("store"), request.get(field))
+    def _cube(self, request: Request, caller: Caller, field: str = "path") -> Cube:
+        return self._service.cube(request.get("store"), request.get(field), caller)
+
+    def _stores_cube(self, request: Request, peer: Caller, field: str = "path") -> Cube:
+        """A cube that the mount of its store tells of."""
+        if not self._is_trusted(peer) and not self._service.owns(peer, str(request.get("store"))):
+            raise NotAllowed("only its owner tells of what changes in a store")
+        return self._cube(request, peer, field)
 
 
 def _next_line(line: asyncio.Task[bytes]) -> bool:

@@ -22,7 +22,7 @@ from memfs.config import Config
 from memfs.cube import layout
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
-from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
+from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
 from memfs.runtime import cube_kv, kv_store
 from memfs.runtime.answering import Answer, Part, Question, answer
 from memfs.runtime.cubes import Cube, Stores, Text
@@ -109,10 +109,20 @@ class Service:
         await self._mounted_set()
         yield {"ok": self.hello()}
 
-    def status(self) -> dict[str, Any]:
-        """Everything there is to see, at once, also while the model loads."""
+    async def status(self, caller: Caller | None) -> dict[str, Any]:
+        """Everything there is to see, at once, also while the model loads.
+
+        Args:
+            caller: where given, who is told of the memories that are theirs to mount, of their own
+                session and refusals, and of nobody else's.
+        """
         mounted = self._mounted
         resident = mounted.resident if mounted else None
+        lines = mounted.lines() if mounted else []
+        refusals = list(mounted.refusals) if mounted else []
+        if caller is not None and mounted is not None:
+            lines = await mounted.lines_for(caller)
+            refusals = [refusal for refusal in refusals if refusal["uid"] == caller.uid]
         return {
             "pid": os.getpid(),
             "state": self.state,
@@ -123,11 +133,12 @@ class Service:
             "context": resident.context if resident else None,
             "token_bytes": resident.shape.token_bytes if resident else None,
             "unplaceable": resident.unplaceable if resident else None,
-            "mounted": mounted.lines() if mounted else [],
-            "refusals": list(mounted.refusals) if mounted else [],
+            "mounted": lines,
+            "refusals": refusals,
             "budget_bytes": self.config.budget_bytes,
             "used_bytes": mounted.residency.used_bytes if mounted else 0,
             "encoding": len(self._encodings),
+            "shared": self.config.shared or None,
             "uptime_s": time.monotonic() - self._started,
             "load_s": self._load_seconds,
             "since_start_s": self._since_start,
@@ -136,12 +147,11 @@ class Service:
     async def mount(self, caller: Caller, cube: Cube, kind: str, pin: bool) -> dict[str, Any]:
         """Puts a cube's KV cache into the model and the caller's session."""
         mounted = await self._mounted_set()
+        await self._require(mounted, caller, cube, "mount", layout.KV if kind == "kv" else None)
         if kind != "kv":
             error = Refused(f"{cube.path}: this runtime mounts KV caches, not {kind}s")
             mounted.refuse(cube, caller.uid, error)
             raise error
-        await self._in_io(cube.require, caller, layout.KV)
-        await self._in_io(cube.require, caller, layout.PAYLOAD)
         entry = await mounted.mount(cube, caller.uid, pin=pin)
         self._prepare()
         return {"mounted": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
@@ -149,6 +159,8 @@ class Service:
     async def unmount(self, caller: Caller, cube: Cube | None) -> dict[str, Any]:
         """Takes a cube, or all, out of the caller's session."""
         mounted = await self._mounted_set()
+        if cube:
+            await self._require(mounted, caller, cube, "mount")
         cubes = [cube] if cube else mounted.session(caller.uid)
         gone = [c.path for c in cubes if mounted.unmount(c, caller.uid)]
         if cube and not gone:
@@ -168,7 +180,9 @@ class Service:
     async def encode(self, caller: Caller, cube: Cube, *, mount: bool, force: bool) -> Events:
         """Makes ``kv.safetensors`` from the payload; progress, then what was done."""
         mounted = await self._mounted_set()
-        await self._in_io(cube.require, caller, layout.PAYLOAD)
+        await self._require(mounted, caller, cube, "promote")
+        if mount:
+            await self._require(mounted, caller, cube, "mount")
         text = await self._in_io(cube.text)
 
         async def work(tell: Tell) -> dict[str, Any]:
@@ -198,10 +212,10 @@ class Service:
             for cube in list(named):
                 try:
                     part, entry = await self._part(mounted, caller, cube, parts, kv=kv)
-                except NotFound:
+                except (NotFound, NotAllowed):
                     if cubes is not None:
                         raise
-                    named.remove(cube)  # it was mounted once, and has been deleted since
+                    named.remove(cube)  # it was mounted once, and is gone since, or closed to them
                     mounted.leave(cube, caller.uid)
                     continue
                 parts.append(part)
@@ -241,13 +255,30 @@ class Service:
         finally:
             self._subscribers.discard(queue)
 
-    def cube(self, root: object, path: object) -> Cube:
+    def owns(self, caller: Caller, root: str) -> bool:
+        """Whether a user owns the store at ``root``."""
+        try:
+            return os.path.isabs(root) and os.lstat(root).st_uid == caller.uid
+        except OSError:
+            return False
+
+    def cube(self, root: object, path: object, caller: Caller) -> Cube:
         """The cube that a request names."""
         if not isinstance(root, str) or not isinstance(path, str):
             raise InvalidRequest("store and path must be strings")
-        return self._stores.cube(root, path)
+        return self._stores.cube(root, path, caller)
 
     # How they do it.
+
+    async def _require(
+        self, mounted: Mounted, caller: Caller, cube: Cube, right: str, name: str | None = None
+    ) -> None:
+        """Raises NotAllowed where a caller has not a right, of which the store's mount is told."""
+        try:
+            await self._in_io(cube.require, caller, right, name or layout.PAYLOAD)
+        except NotAllowed as e:
+            mounted.announce("denied", cube, uid=caller.uid, right=right, reason=e.detail)
+            raise
 
     def _prepare(self) -> None:
         """Has memory made ready for the next mount, once nothing else is wanted."""
@@ -280,14 +311,14 @@ class Service:
         self, mounted: Mounted, caller: Caller, cube: Cube, before: list[Part], *, kv: bool
     ) -> tuple[Part, Entry[Memory] | None]:
         """One memory of a question: its KV cache where that fits, else its text and the reason."""
-        await self._in_io(cube.require, caller, layout.PAYLOAD)
+        await self._require(mounted, caller, cube, "mount")
         why = "not wanted" if not kv else None
         if kv and before and mounted.resident.unplaceable:
             why = f"several cubes cannot be placed: {mounted.resident.unplaceable}"
         root = str(cube.store.root)
         if why is None:
             try:
-                await self._in_io(cube.require, caller, layout.KV)
+                await self._in_io(cube.require, caller, "mount", layout.KV)
                 entry = await mounted.load(cube, caller.uid)
                 return Part(cube.path, root, None, entry.value.cache), entry
             except NotFound:

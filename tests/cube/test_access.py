@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from memfs.cube.access import READ, SEARCH, WRITE, Caller, allowed, owner_names
+from memfs.cube.access import Caller, allowed, owner_names
+from memfs.cube.acl import READ, SEARCH, WRITE, XATTR, Acl, Who
+from tests.users import as_user, needs_root
 
 ANN, BEN, STAFF, OTHER = 70001, 70002, 70010, 70011
 
@@ -73,6 +77,43 @@ def test_the_kernel_says_the_same(uid: int, gid: int, open_directory: Path) -> N
         caller = Caller(uid, frozenset({gid}))
         ours = [int(allowed(caller, path.stat(), right)) for right in (READ, WRITE, SEARCH)]
         assert done.stdout.split() == [str(bit) for bit in ours], oct(mode)
+
+
+BITS = st.integers(0, 7)
+WHOS = st.builds(Who, st.sampled_from(["user", "group"]), st.sampled_from([BEN, STAFF, OTHER]))
+ACLS = st.tuples(BITS, BITS, BITS, BITS, st.dictionaries(WHOS, BITS, min_size=1)).map(
+    lambda parts: Acl(*parts)
+)
+
+
+@needs_root
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    acl=ACLS,
+    uid=st.sampled_from([ANN, BEN, 70003]),
+    gids=st.sets(st.sampled_from([STAFF, OTHER, 70012]), min_size=1),
+)
+def test_the_kernel_says_the_same_of_access_lists(
+    open_directory: Path, acl: Acl, uid: int, gids: set[int]
+) -> None:
+    path = open_directory / "file"
+    path.touch()
+    os.chown(path, ANN, STAFF)
+    try:
+        os.setxattr(path, XATTR, acl.render())
+    except OSError:
+        pytest.skip("no access lists on this filesystem")
+    first, *others = gids
+    wanted = (READ, WRITE, SEARCH)
+
+    def kernel() -> list[bool]:
+        return [os.access(path, right) for right in wanted]
+
+    caller, status = Caller(uid, frozenset(gids)), path.stat()
+    ours = [allowed(caller, status, right, acl) for right in wanted]
+    assert as_user(uid, kernel, gid=first, groups=others) == ours
 
 
 def test_the_groups_of_a_user() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from memfs.cube.access import Caller
 from memfs.filesystem.context import Context
 from memfs.filesystem.link import Making
 from memfs.filesystem.making import Makers
@@ -86,8 +87,8 @@ def test_no_more_than_some_wait(makers: Makers) -> None:
 
 
 def test_those_who_want_the_same_share_it(forest: Forest) -> None:
-    first = forest.link.make("law", 0, 0)
-    second = forest.link.make("law", 0, 0)
+    first = forest.link.make("law", Caller(0, frozenset()))
+    second = forest.link.make("law", Caller(0, frozenset()))
     assert first is second or first.done
     for making in (first, second):
         assert making.wait(10)
