@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memfs.cube import layout
-from memfs.cube.access import READ, SEARCH, Caller
-from memfs.cube.acl import Acl
+from memfs.cube.access import Caller
+from memfs.cube.acl import READ, SEARCH, Acl
 from memfs.vault.rights import acl_of
 from memfs.vault.store import Store
 from memfs.vault.versions import Entry, Parent, Version
