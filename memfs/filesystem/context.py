@@ -33,22 +33,26 @@ class Context(NamedTuple):
         return Caller.of_process(self.uid, self.gid, self.pid)
 
 
-class _Opens(NamedTuple):
-    """System call numbers that open files; None where the machine has no such call."""
+class _Calls(NamedTuple):
+    """Numbers of system calls that make files; None where the machine has no such call."""
 
     open: int | None
     openat: int
+    makers: frozenset[int]
+    """mknod, mkdir and symlink, with and without a descriptor: they never take what is there.
+    ``link`` is not one of them, as it looks up the old name, too."""
     openat2: int = 437
 
 
+_GENERIC = _Calls(None, 56, frozenset({33, 34, 36}))
 _BY_MACHINE = {
-    "x86_64": _Opens(2, 257),
-    "aarch64": _Opens(None, 56),
-    "riscv64": _Opens(None, 56),
-    "ppc64le": _Opens(5, 286),
-    "s390x": _Opens(5, 288),
+    "x86_64": _Calls(2, 257, frozenset({83, 88, 133, 258, 259, 266})),
+    "aarch64": _GENERIC,
+    "riscv64": _GENERIC,
+    "ppc64le": _Calls(5, 286, frozenset({14, 39, 83, 287, 288, 295})),
+    "s390x": _Calls(5, 288, frozenset({14, 39, 83, 289, 290, 297})),
 }
-_OPENS = _BY_MACHINE.get(platform.machine())
+_CALLS = _BY_MACHINE.get(platform.machine())
 
 _CREATORS = frozenset({"cp", "mv", "install"})
 """Programs that create the files of a copied directory exclusively, by the names the kernel knows.
@@ -62,11 +66,12 @@ machine it can be some hundredths of a second before it gets there.
 
 
 def creates(pid: int) -> bool | None:
-    """Whether the thread is inside an ``open`` that must make a new file (``O_CREAT | O_EXCL``).
+    """Whether the thread is inside a call that must make a new file: ``mknod`` and its like, or an
+    ``open`` with ``O_CREAT | O_EXCL``.
 
     None where that may not be known: another user's thread, or a system that restricts ptrace.
     """
-    if _OPENS is None:
+    if _CALLS is None:
         return None
     for _ in range(_TRIES):
         try:
@@ -79,6 +84,8 @@ def creates(pid: int) -> bool | None:
         time.sleep(_PAUSE)
     else:
         return None
+    if int(words[0]) in _CALLS.makers:
+        return True
     flags = _open_flags(pid, words)
     return flags & os.O_CREAT != 0 and flags & os.O_EXCL != 0
 
@@ -99,15 +106,15 @@ def program(pid: int) -> str:
 
 def _open_flags(pid: int, words: list[bytes]) -> int:
     """Flags of the open that a ``/proc/PID/syscall`` line describes; 0 where it is none."""
-    assert _OPENS is not None
+    assert _CALLS is not None
     number = int(words[0])
     if number < 0 or len(words) < 4:
         return 0
-    if number == _OPENS.open:
+    if number == _CALLS.open:
         return int(words[2], 16)
-    if number == _OPENS.openat:
+    if number == _CALLS.openat:
         return int(words[3], 16)
-    if number == _OPENS.openat2:
+    if number == _CALLS.openat2:
         return _pointed_at(pid, int(words[3], 16))
     return 0
 

@@ -9,9 +9,11 @@ thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,6 +36,9 @@ from memfs.vault.versions import Version
 
 log = logging.getLogger(__name__)
 
+_BEGUN_SECONDS = 60.0
+"""Whoever makes an empty header and does not write it in that time has forgotten it."""
+
 _KEPT = 2048
 """Rendered headers remembered: ``ls -l`` needs each one's length, and opening it the rest."""
 
@@ -47,6 +52,8 @@ class Headers:
         self._backing = backing
         self._catalogue = catalogue
         self._rendered: dict[str, tuple[CubeFacts, Usage | None, bytes, Version | None]] = {}
+        self._begun: dict[str, float] = {}
+        """When somebody made an empty header that is not written yet."""
 
     def shown(self, cube: str) -> bytes:
         """The header as it reads now. Raises FileNotFoundError where there is no meta.json."""
@@ -70,6 +77,28 @@ class Headers:
             self._rendered.clear()
         self._rendered[cube] = (facts, usage, data, past)
         return data
+
+    def begin(self, cube: str, like: os.stat_result) -> None:
+        """Somebody made an empty header and closed it, to write it in a moment, as ``tar`` does.
+
+        Empty it could not stand: where there is none, there is a first one meanwhile.
+        """
+        if len(self._begun) >= _KEPT:
+            self._begun.clear()
+        self._begun[cube] = time.monotonic()
+        facts = self._catalogue.facts(cube)
+        if facts is None or facts.meta_sig is None:
+            path, data = layout.join(cube, layout.META), identity.first_header(facts, cube)
+            with contextlib.suppress(FileExistsError):
+                publish_bytes(
+                    self._backing.store, path, metadata.render(data), like=like, replace=False
+                )
+            self._catalogue.touch(cube, header=True)
+
+    def is_begun(self, cube: str) -> bool:
+        """Whether who opens the header now is the one to write an empty one. Asked once."""
+        since = self._begun.pop(cube, None)
+        return since is not None and time.monotonic() - since < _BEGUN_SECONDS
 
     def accept(self, cube: str, text: bytes, base: bytes | None, context: Context) -> bytes:
         """What is to be stored for a header that somebody wrote.

@@ -35,6 +35,11 @@ class OpenHeader(Staged):
         super().__init__(path, backing, context, published)
         self._headers = headers
         self._base = base
+        self._new = False
+
+    def begin(self, mode: int | None = None) -> None:
+        super().begin(mode)
+        self._new = mode is not None
 
     def read(self, buffer: memoryview, offset: int) -> int:
         with self._lock:
@@ -54,7 +59,10 @@ class OpenHeader(Staged):
     def _end_empty(self) -> None:
         """Nothing is no header: the one that stands, stands."""
         if not self._written:
+            path, like = self.path, os.fstat(self._fd) if self._temporary is not None else None
             self._discard()
+            if self._new and path is not None and like is not None:
+                self._headers.begin(layout.split(path)[0], like)
 
     def _fill(self, standing: int) -> None:
         """Starts from the header as it reads, not as it is stored."""

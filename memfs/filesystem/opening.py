@@ -135,7 +135,10 @@ class Opening:
             base = self._headers.shown(layout.split(path)[0])
         except FileNotFoundError:
             pass  # it becomes the cube's first one
-        return OpenHeader(path, self._backing, context, self.written, self._headers, base)
+        handle = OpenHeader(path, self._backing, context, self.written, self._headers, base)
+        if self._headers.is_begun(layout.split(path)[0]):
+            handle.begin()
+        return handle
 
     def written(self, path: str) -> None:
         """A file of a cube was written; one with a text that has no header gets it now."""

@@ -43,8 +43,7 @@ def adopt(
         return facts
     taken = facts.id is not None and _is_elsewhere(store, path, facts.id, lookup)
     if facts.meta_sig is None:
-        known = facts.id is not None and not taken
-        meta = last_known(facts, path) if known else metadata.new(title=_title(path))
+        meta = first_header(None if taken else facts, path)
     elif taken:
         try:
             found = read_meta(store, path)
@@ -79,6 +78,13 @@ def read_meta(store: Store, path: str) -> metadata.Meta:
     Raises InvalidMetadata, NotAllowed (it is no regular file) or OSError.
     """
     return metadata.parse(store.read(layout.join(path, layout.META), metadata.MAX_BYTES))
+
+
+def first_header(facts: CubeFacts | None, path: str) -> metadata.Meta:
+    """The header for a directory that has none: as its facts remember it, if it had one before."""
+    if facts is None or facts.id is None:
+        return metadata.new(title=_title(path))
+    return last_known(facts, path)
 
 
 def last_known(facts: CubeFacts, path: str) -> metadata.Meta:

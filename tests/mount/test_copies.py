@@ -63,6 +63,12 @@ COPIERS: dict[str, Callable[[Path, Path], None]] = {
     "tar": lambda source, target: run(
         "sh", "-c", f"mkdir {target} && tar -C {source} -cf - . | tar -C {target} -xf -"
     ),
+    "tar --xattrs": lambda source, target: run(
+        "sh",
+        "-c",
+        f"mkdir {target} && tar -C {source} --xattrs --xattrs-include=* -cf - . |"
+        f"tar -C {target} --xattrs --xattrs-include=* -xf -",
+    ),
     "shutil.copytree": shutil.copytree,
     "in order": lambda source, target: in_order(source, target, sorted(os.listdir(source))),
     "in reverse": lambda source, target: in_order(
@@ -89,7 +95,7 @@ def test_a_cube_from_elsewhere_arrives_whole(mount: Mount, outside: Path, copier
     assert meta["behavioural"]["last_used"] == "2020-01-02T03:04:05Z"
     assert meta["state"]["kv"]["state"] == "unchecked"
     assert meta["state"]["kv"]["tokens"] == 8
-    if copier in ("cp -a", "mv", "rsync -a", "tar"):
+    if copier in ("cp -a", "mv", "rsync -a", "tar", "tar --xattrs"):
         for name, when in times.items():
             assert (target / name).stat().st_mtime == when, name
     assert not (target / "meta.json.rejected").exists()

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -395,3 +396,23 @@ def test_the_rejected_text_is_the_writers(mount: Mount) -> None:
     as_user(1234, 2345, code, cube / "meta.json")
     found = until((cube / "meta.json.rejected").stat)
     assert (found.st_uid, found.st_gid) == (1234, 2345)
+
+
+@pytest.mark.parametrize("name", ["new", "old"])
+def test_an_empty_header_is_a_first_one_until_it_is_written(mount: Mount, name: str) -> None:
+    """As tar unpacks one with attributes: made, given them, opened without truncating, written."""
+    directory = mount.dir / name
+    directory.mkdir()
+    if name == "old":
+        (directory / "payload.md").write_text("Text.\n")
+    file, wanted = directory / "meta.json", str(uuid.uuid4())
+    os.mknod(file, 0o600)
+    assert mount.meta(name)["descriptive"]["title"] == name
+    os.setxattr(file, "user.memfs.id", b"an id")
+    fd = os.open(file, os.O_WRONLY)
+    os.write(fd, json.dumps({"memfs": 1, "descriptive": {"id": wanted}}).encode())
+    os.close(fd)
+    assert mount.meta(name)["descriptive"]["id"] == wanted
+    assert not (directory / "meta.json.rejected").exists()
+    with file.open("r+") as opened:
+        assert json.load(opened)["descriptive"]["id"] == wanted
