@@ -39,8 +39,11 @@ def altered(found: Status, **changes: int) -> Attributes:
 
 
 def shown_as(found: Status, size: int) -> Attributes:
-    """``found`` for a file that reads as ``size`` bytes, whatever it is on disk."""
-    return altered(found, st_size=size, st_blocks=(size + 511) // 512)
+    """``found`` for a file that reads as ``size`` bytes, whatever its length is on disk.
+
+    It takes the room that it takes, for ``du``; but never so little that it seems to have holes.
+    """
+    return altered(found, st_size=size, st_blocks=max(found.st_blocks, (size + 511) // 512))
 
 
 def regular(mode: int, ino: int, size: int, seconds: float = 0.0) -> Attributes:
