@@ -52,6 +52,8 @@ class Headers:
         self._backing = backing
         self._catalogue = catalogue
         self._rendered: dict[str, tuple[CubeFacts, Usage | None, bytes, Version | None]] = {}
+        self._taken: dict[str, int] = {}
+        """The thread that removed a header, or renamed it away."""
         self._begun: dict[str, float] = {}
         """When somebody made an empty header that is not written yet."""
 
@@ -179,7 +181,14 @@ class Headers:
                 reason += f" (what was written is in {layout.REJECTED})"
         event = {"event": "refused", "path": cube, "kind": "meta", "reason": reason}
         self._catalogue.log(event | audit.actor(context))
-        self._put_back(cube)
+        if self._taken.pop(cube, None) == context.pid:
+            self._put_back(cube)
+
+    def taken_away(self, cube: str, by: Context) -> None:
+        """A program removed or renamed the header: perhaps to write another in its place."""
+        if len(self._taken) >= _KEPT:
+            self._taken.clear()
+        self._taken[cube] = by.pid
 
     def _put_back(self, cube: str) -> None:
         """The header stands again that a program took away before its new one was refused."""
@@ -188,8 +197,7 @@ class Headers:
             return
         meta, before = metadata.parse(known[2]), known[0].meta_sig
         _take(meta, {}, "state", metadata.LIVE["state"])
-        path = layout.join(cube, layout.META)
-        like = self._backing.status(self._governing.holder(cube))
+        path, like = layout.join(cube, layout.META), self._governing.holder(cube)
         try:
             with publishing(self._backing.store, path, like=like, replace=False) as (fd, _):
                 write_all(fd, metadata.render(meta))

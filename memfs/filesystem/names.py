@@ -97,6 +97,7 @@ class Names:
         except FileNotFoundError:
             if not staged:
                 raise
+        self._goes(path)
         self._touch(path)
 
     def rmdir(self, path: str) -> None:
@@ -206,6 +207,11 @@ class Names:
             self._backing.moved(before, after)
             self._handles.moved(before, after)
 
+    def _goes(self, path: str) -> None:
+        role, cube = layout.classify(path)
+        if role is Role.META:
+            self._headers.taken_away(cube, self._context())
+
     def _tell(self, old: str, new: str, flags: int) -> None:
         if layout.is_temporary(old):  # a cube that was put together aside has its place
             self._catalogue.touch(new, by=self._context())
@@ -218,6 +224,7 @@ class Names:
         if stat.S_ISDIR(self._backing.status(new).st_mode):
             self._catalogue.moved(old, new, self._context())
             self._link.moved(old, new)
+        self._goes(old)
         self._touch(old)
         self._touch(new, written=True)
 

@@ -360,10 +360,19 @@ def test_the_old_header_stands_though_it_was_taken_away(mount: Mount, take_away:
     assert (cube / "meta.json").read_text() == before
     assert (cube / "meta.json.rejected").read_text() == "{ bad"
     shutil.rmtree(cube)
-    (cube / "meta.json").parent.mkdir()
+    cube.mkdir()
     with pytest.raises(OSError, match="Invalid"):
         (cube / "meta.json").write_text("{ bad")
     assert os.listdir(cube) == ["meta.json.rejected"]
+
+
+def test_a_header_that_somebody_else_removed_stays_away(mount: Mount) -> None:
+    cube = mount.cube("law")
+    subprocess.run(["cat", cube / "meta.json"], check=True, capture_output=True)
+    subprocess.run(["rm", cube / "meta.json"], check=True)
+    with pytest.raises(OSError, match="Invalid"):
+        (cube / "meta.json").write_text("{ bad")
+    assert sorted(os.listdir(cube)) == ["meta.json.rejected", "payload.md"]
 
 
 def test_a_refusal_is_told_of(mount: Mount) -> None:
