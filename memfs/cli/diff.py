@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import sys
 from dataclasses import dataclass
 
 from memfs.cli import histories, output
 from memfs.cli.histories import History
+from memfs.cli.versions import changed
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, InvalidRequest
 from memfs.vault.facts import MAX_PAYLOAD
 from memfs.vault.versions import Entry, Version
-from memfs.vault.versions_look import Present
+from memfs.vault.versions_restore import without_rights
 
 HELP = "show what changed between two versions of a cube"
 EPILOG = """\
@@ -38,7 +38,8 @@ class Side:
     place: str
     """Its directory in the store."""
     files: dict[str, Entry]
-    meaning: str | None
+    version: Version | None
+    """None for what the cube is now."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with histories.opened(args.cube) as history:
-        old, new = _sides(history, args.versions)
-        names = sorted(n for n in old.files.keys() | new.files.keys() if _differs(old, new, n))
+        old, new, names = _sides(history, args.versions)
         texts = {name: _diff(history, old, new, name) for name in names}
     if args.json:
         changes = [
@@ -74,40 +74,31 @@ def run(args: argparse.Namespace) -> int:
     return 1 if names else 0
 
 
-def _sides(history: History, given: list[str]) -> tuple[Side, Side]:
+def _sides(history: History, given: list[str]) -> tuple[Side, Side, list[str]]:
+    """What is compared, and the files in which it differs."""
     if len(given) > 2:
         raise InvalidRequest(f"at most two versions are compared, and {given[2]} is a third")
     first = history.version(given[0]) if given else history.before_now()
     if len(given) == 2:
-        return _of(history, first), _of(history, history.version(given[1]))
+        second = history.version(given[1])
+        return _of(history, first), _of(history, second), changed(first, second)
     present = history.present()
-    return _of(history, first), _now(history, present)
+    now = Side(history.path, history.path, present.files if present else {}, None)
+    return _of(history, first), now, history.differing(first, present)
 
 
 def _of(history: History, version: Version) -> Side:
     name = f"{history.path}/{layout.VERSIONS}/{version.stamp}"
-    return Side(name, history.place(version), version.files, version.meaning)
-
-
-def _now(history: History, present: Present | None) -> Side:
-    if present is None:
-        return Side(history.path, history.path, {}, None)
-    return Side(history.path, history.path, present.files, present.meaning)
-
-
-def _differs(old: Side, new: Side, name: str) -> bool:
-    if name not in old.files or name not in new.files:
-        return True
-    if name == layout.META:
-        return old.meaning != new.meaning
-    return old.files[name].content != new.files[name].content
+    return Side(name, history.place(version), version.files, version)
 
 
 def _diff(history: History, old: Side, new: Side, name: str) -> list[str]:
     """The lines that say what is different in a file."""
     labels = [f"{side.name}/{name}" if name in side.files else "/dev/null" for side in (old, new)]
     if name in (layout.PAYLOAD, layout.META):
-        texts = [_lines(history, side, name) for side in (old, new)]
+        # The access list of today is the kernel's, and no matter of versions.
+        rights = new.version is not None
+        texts = [_lines(history, side, name, rights=rights) for side in (old, new)]
         if texts[0] is not None and texts[1] is not None:
             found = list(difflib.unified_diff(texts[0], texts[1], labels[0], labels[1]))
             return [
@@ -120,7 +111,7 @@ def _diff(history: History, old: Side, new: Side, name: str) -> list[str]:
     return [f"--- {said[0]}", f"+++ {said[1]}"]
 
 
-def _lines(history: History, side: Side, name: str) -> list[str] | None:
+def _lines(history: History, side: Side, name: str, *, rights: bool) -> list[str] | None:
     """The lines of a text; None for a file that is not there to be read, though it was."""
     entry = side.files.get(name)
     if entry is None:
@@ -130,17 +121,12 @@ def _lines(history: History, side: Side, name: str) -> list[str] | None:
     data = history.store.read(f"{side.place}/{name}", MAX_PAYLOAD)
     if name == layout.META:
         try:
-            data = (
-                json.dumps(
-                    metadata.user_set(metadata.parse(data)),
-                    indent=2,
-                    sort_keys=True,
-                    ensure_ascii=False,
-                ).encode()
-                + b"\n"
-            )
+            meta = metadata.user_set(metadata.parse(data))
         except InvalidMetadata:
             pass  # shown as it is
+        else:
+            shown = meta if rights else without_rights(meta)
+            data = metadata.render(shown)
     return data.decode("utf-8", "backslashreplace").splitlines(keepends=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,11 @@ class History:
         kept = [version for version in self.versions if not version.deleted]
         if not kept:
             raise NotFound(f"{self.path} has no versions")
-        return next((v for v in reversed(kept) if differing(v, present)), kept[-1])
+        return next((v for v in reversed(kept) if self.differing(v, present)), kept[-1])
+
+    def differing(self, version: Version, present: Present | None) -> list[str]:
+        """The files in which a version is not what the cube holds now."""
+        return differing(self.store, self.place(version), version, present)
 
 
 @contextlib.contextmanager
@@ -83,10 +88,12 @@ def opened(given: str) -> Iterator[History]:
     where = targets.place(given)
     mounted = where.mountpoint is not None
     with targets.open_store(where.store) as store:
-        for path in (where.path, layout.split(where.path)[0]):
-            if path and layout.is_cube(_names(store, path)):
-                yield _living(store, path, mounted=mounted)
-                return
+        path = where.path
+        if path and _is_file(store, path):  # a file of a cube names the cube
+            path = _holder(path)
+        if path and layout.is_cube(_names(store, path)):
+            yield _living(store, path, mounted=mounted)
+            return
         ended = [line for line in deleted(store, mounted=mounted) if line["path"] == where.path]
         if not ended:
             raise NotACube(f"{given}, nor was there lately")
@@ -144,6 +151,20 @@ def _described(store: Store, cube_id: str, places: list[tuple[str, str]]) -> lis
             raw = store.read(f"{place}/{DESCRIPTION}", versions.MAX_DESCRIPTION)
             found.append(versions.parse(cube_id, stamp, raw))
     return found
+
+
+def _is_file(store: Store, path: str) -> bool:
+    try:
+        return not stat.S_ISDIR(store.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _holder(path: str) -> str:
+    """The cube that a file belongs to."""
+    parent, _ = layout.split(path)
+    above, name = layout.split(parent)
+    return above if name == layout.ADAPTER else parent
 
 
 def _names(store: Store, path: str) -> list[str]:

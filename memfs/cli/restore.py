@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import time
 
 from memfs.cli import histories, output
 from memfs.cli.histories import History
 from memfs.config import Config
-from memfs.errors import InvalidRequest
+from memfs.errors import InvalidRequest, MemfsError
 from memfs.vault import versions, versions_make, versions_restore
 from memfs.vault.frozen import Frozen
 from memfs.vault.lock import lock
@@ -29,6 +30,9 @@ other. Text, metadata and adapter come back; owner, group, mode and access list 
 and a frozen cube has to be thawed first. A deleted cube comes back as it was, with its id. What a
 VERSION may be, memfs versions --help says.
 """
+
+KEPT_SECONDS = 5.0
+"""How long it is waited for the mount to take notice of what was changed beside it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +54,15 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest("a VERSION and --at are two ways to say the same: give one")
     wanted = args.version or args.at
     with histories.opened(args.cube) as history, contextlib.ExitStack() as stack:
-        if not history.mounted:
+        version = history.version(wanted) if wanted else history.before_now()
+        if history.mounted:
+            if history.lives:
+                _require_kept(args.cube)
+        else:
             store = history.store
             stack.enter_context(lock(store, f"is restored into by process {os.getpid()}"))
             Frozen(store).require(history.path)
-        version = history.version(wanted) if wanted else history.before_now()
+            _record(history)
         names = versions_restore.restore(
             history.store, history.place(version), version, history.path
         )
@@ -65,6 +73,26 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_said(history, version, names))
     return 0
+
+
+def _require_kept(cube: str) -> None:
+    """What the cube holds now is a version, so that it can be come back to.
+
+    A change beside the mount may not be one yet; that is waited for.
+    """
+    deadline = time.monotonic() + KEPT_SECONDS
+    while True:
+        with histories.opened(cube) as history:
+            newest = history.versions[-1] if history.versions else None
+            missing = newest and history.differing(newest, history.present())
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            raise MemfsError(
+                f"{cube}: {', '.join(missing)} as it is now is no version yet, and would be lost;"
+                " copy it away, or try again when the disk has room"
+            )
+        time.sleep(0.2)
 
 
 def _said(history: History, version: Version, names: list[str]) -> str:

@@ -59,12 +59,16 @@ class Historian:
         self.made = 0
         """How many versions were made or removed: what is remembered of them may be out of date."""
         self.started = time.time()
-        self.was_killed = False
-        """Whether the last mount was: everything has to be compared."""
+        self.flushed: float | None = None
+        """Where the last mount was killed, and everything has to be compared: until when what it
+        made is known to be on the disk, seconds since 1970.
+        """
         self.broken_off = False
         """Whether the mount's end came before something was done."""
         self._newest: dict[str, Version | None] = {}
         self._looked_at: dict[str, tuple[Sig | None, ...]] = {}
+        self._directories: dict[str, tuple[str, int]] = {}
+        """Path and inode of the cubes that were looked at, by their ids."""
         self._locks = [threading.RLock() for _ in range(_LOCKS)]
         self._written = 0  # bytes, since the budget was last looked at
         self._ended = False
@@ -75,7 +79,7 @@ class Historian:
         if not self.enabled:
             return
         try:
-            self.was_killed = versions_make.mark(self.store)
+            self.flushed = versions_make.mark(self.store)
         except OSError as e:
             self.enabled = False
             log.warning("no versions are made: %s", e)
@@ -171,6 +175,9 @@ class Historian:
                 )
                 if version is not None:
                     self._note(version, previous)
+                if len(self._directories) >= _KNOWN:
+                    self._directories.clear()
+                self._directories[cube_id] = path, present.inode
         except Unfinished:
             self._after(0, lambda: self._record_patiently(path, cube_id), ("copy", cube_id))
         except FileNotFoundError:
@@ -212,8 +219,12 @@ class Historian:
         """Removes a version, which the policy keeps no longer."""
         with self.lock(cube_id):
             versions_make.remove(self.store, cube_id, stamp)
-            self._newest.pop(cube_id, None)
-            self.made += 1
+            self.forget(cube_id)
+
+    def forget(self, cube_id: str) -> None:
+        """A cube's versions are others than this knows of."""
+        self._newest.pop(cube_id, None)
+        self.made += 1
 
     def _record_patiently(self, path: str, cube_id: str) -> None:
         self.record(path, cube_id, hasty=False, patient=True)
@@ -231,7 +242,7 @@ class Historian:
         if self._written > self.budget // 20:
             self._written = 0
             self._after(0, self._upkeep.prune, "over budget")
-        self._after(FLUSH_S, lambda: syscalls.syncfs(self.store.fd), "flush")
+        self._after(FLUSH_S, self._flush, "flush")
         if versions_make.is_wanting(version):
             self._after(0, lambda: self.complete(version.cube_id, version.stamp))
 
@@ -241,21 +252,28 @@ class Historian:
         self._newest[cube_id] = version
 
     def _take_over(self, old: str, new: str, path: str) -> None:
-        """The cube at ``path`` has another id than before."""
+        """The cube at ``path`` has another id than before; or it is another cube."""
+        known, now = self._directories.get(old), self._directories.get(new)
+        if known is None or known != now:
+            return  # another directory stands there now
         if self.keeper.ask(lambda index: index.by_id(old), None) is not None:
             return  # it was a copy, which has got an id of its own
         first, second = sorted((old, new), key=lambda cube_id: hash(cube_id) % _LOCKS)
         with self.lock(first), self.lock(second):
             found = self.newest(old)
-            if found is None or found.deleted or found.path != path:
+            if found is None or found.deleted:
                 return
             try:
                 versions_make.take_over(self.store, old, new)
             except OSError as e:
                 log.warning("%s: its versions are still under the id %s: %s", path, old, e)
-            self._newest.pop(old, None)
-            self._newest.pop(new, None)
-            self.made += 1
+            self.forget(old)
+            self.forget(new)
+
+    def _flush(self) -> None:
+        began = time.time()
+        syscalls.syncfs(self.store.fd)
+        versions_make.mark_flushed(self.store, began)
 
     def _settle_later(self, path: str, cube_id: str, seconds: float = SETTLE_S) -> None:
         key = (path, cube_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -15,9 +16,13 @@ from memfs.errors import VersionDamaged
 from memfs.index.cubes import Found
 from memfs.operation import retention
 from memfs.vault import versions, versions_make
+from memfs.vault.aside import Aside
+from memfs.vault.versions_check import damage_of
 
 if TYPE_CHECKING:
     from memfs.filesystem.historian import Historian
+
+log = logging.getLogger(__name__)
 
 PRUNE_AFTER_S, PRUNE_EVERY_S = 120.0, 3600.0
 
@@ -33,7 +38,7 @@ class Upkeep:
 
     def start(self) -> None:
         """Has it done when there is time."""
-        if self._historian.was_killed:
+        if self._historian.flushed is not None:
             self._historian.later.after(0, self._clear_up)
         self._historian.later.after(PRUNE_AFTER_S, self.prune, "prune")
 
@@ -47,21 +52,36 @@ class Upkeep:
     def compare_all(self) -> None:
         """Gives versions to cubes that have none, and an end to those that are gone.
 
-        Once a mount. After a kill every cube is compared with its newest version.
+        Once a mount. After a kill every cube is compared with its newest version, and that with its
+        digests where it may not have been on the disk when the machine stopped.
         """
         if self._compared:
             return
         self._compared = True
-        known = set(versions.cube_ids(self._store))
+        known, flushed = set(versions.cube_ids(self._store)), self._historian.flushed
         for path, facts in self._cubes(""):
             if facts.id is not None:
-                if self._historian.was_killed or facts.id not in known:
+                if flushed is not None and facts.id in known:
+                    self._set_torn_aside(facts.id, flushed)
+                if flushed is not None or facts.id not in known:
                     self._historian.record(path, facts.id, hasty=True)
                 known.discard(facts.id)
             self._breathe()
         for cube_id in known:
             self._historian.settle("", cube_id)
             self._breathe()
+
+    def _set_torn_aside(self, cube_id: str, flushed: float) -> None:
+        """Takes the newest versions out of the way as far as they are damaged, and that young."""
+        youngest = versions.stamp_of(datetime.fromtimestamp(flushed, UTC))
+        for stamp in reversed(versions.stamps(self._store, cube_id)):
+            if stamp < youngest:
+                return
+            damage = damage_of(self._store, cube_id, stamp)
+            if damage is not None:
+                place = Aside(self._store).put(versions.directory(cube_id, stamp))
+                log.warning("the version %s of %s %s; it is in %s", stamp, cube_id, damage, place)
+                self._historian.forget(cube_id)
 
     def prune(self) -> None:
         """Removes what the policy keeps no longer, and what there is no room for."""

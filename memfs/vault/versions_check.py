@@ -19,7 +19,7 @@ from memfs.vault.problem import Problem
 from memfs.vault.store import Store
 from memfs.vault.versions import DESCRIPTION, ROOT, Version
 from memfs.vault.versions_look import sha256_of
-from memfs.vault.versions_make import UNSETTLED
+from memfs.vault.versions_make import UNSETTLED, mark
 
 AREA = "versions"
 
@@ -36,7 +36,7 @@ def problems(
     aside, count = Aside(store), 0
 
     def problem(path: str, what: str) -> Problem:
-        return Problem(AREA, path, what, partial(_set_aside, aside, path))
+        return Problem(AREA, path, what, partial(_set_aside, store, aside, path))
 
     for cube_id in versions.names_in(store, ROOT):
         base = f"{ROOT}/{cube_id}"
@@ -110,7 +110,8 @@ def _files_in(store: Store, directory: str) -> set[str]:
     return found
 
 
-def _set_aside(aside: Aside, path: str) -> str:
+def _set_aside(store: Store, aside: Aside, path: str) -> str:
+    mark(store)  # so that the next mount looks whether the cube needs a version now
     return f"set aside in {aside.put(path)}"
 
 

@@ -28,6 +28,8 @@ class Present:
     """What a cube holds now."""
 
     path: str
+    inode: int
+    """Of its directory."""
     files: dict[str, Entry]
     meaning: str | None
     parents: tuple[Parent, ...]
@@ -69,12 +71,13 @@ def look(store: Store, path: str, previous: Version | None) -> Present | None:
         except (FileNotFoundError, NotAllowed):
             pass  # it has none for now, or none that could be kept
         files |= _adapter(directory)
+        inode = os.fstat(directory).st_ino
     finally:
         os.close(directory)
     origin = meta.get("descriptive", {}).get("origin", {})
     known = meta.get("behavioural", {}).get("versions", ())
     return Present(
-        path, files, meaning, _parents(store, path), origin.get("copied_from"), tuple(known)
+        path, inode, files, meaning, _parents(store, path), origin.get("copied_from"), tuple(known)
     )
 
 

@@ -172,16 +172,29 @@ def remove_leftovers(store: Store, cube_id: str, before: float) -> None:
         os.close(base)
 
 
-def mark(store: Store) -> bool:
-    """Notes on the disk that versions are being made; whether that stood there already."""
+def mark(store: Store) -> float | None:
+    """Notes on the disk that versions are being made.
+
+    Where that stood there already, a process was killed: then gives the time, in seconds since
+    1970, until which all that it made was flushed to the disk.
+    """
     base = _base(store)
     try:
         os.close(os.open(UNSETTLED, NEW, 0o600, dir_fd=base))
     except FileExistsError:
-        return True
+        return os.stat(UNSETTLED, dir_fd=base, follow_symlinks=False).st_mtime
     finally:
         os.close(base)
-    return False
+    return None
+
+
+def mark_flushed(store: Store, seconds: float) -> None:
+    """Notes that what was made before a time is on the disk."""
+    base = _base(store)
+    try:
+        os.utime(UNSETTLED, (seconds, seconds), dir_fd=base, follow_symlinks=False)
+    finally:
+        os.close(base)
 
 
 def unmark(store: Store) -> None:

@@ -31,11 +31,25 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK = 1 << 20
 
 
-def differing(version: Version, present: Present | None) -> list[str]:
-    """The files in which a version and what a cube holds now are not the same."""
+def differing(store: Store, source: str, version: Version, present: Present | None) -> list[str]:
+    """The files in which a version and what a cube holds now are not the same.
+
+    The access list, which is a right, is left out: through a mount it reads as the kernel has it.
+
+    Args:
+        source: the version's directory in the store.
+    """
     files = present.files if present else {}
-    names = sorted(version.files.keys() | files.keys())
-    return [name for name in names if not _is_same(name, version, present)]
+    found = []
+    for name in sorted(version.files.keys() | files.keys()):
+        then, now = version.files.get(name), files.get(name)
+        same = then is not None and now is not None and then.content == now.content
+        if name == layout.META and present is not None and not same and then and now:
+            same = version.meaning == present.meaning
+            same = same or _content(store, source) == _content(store, present.path)
+        if not same:
+            found.append(name)
+    return found
 
 
 def restore(store: Store, source: str, version: Version, path: str) -> list[str]:
@@ -51,7 +65,7 @@ def restore(store: Store, source: str, version: Version, path: str) -> list[str]
         OSError: it cannot be written; where the cube was gone, nothing is there.
     """
     present = look(store, path, None)
-    names = differing(version, present)
+    names = differing(store, source, version, present)
     for name in names:
         if name in version.files and not version.files[name].kept:
             raise InvalidRequest(f"{name} of that version was too large to be kept")
@@ -62,14 +76,19 @@ def restore(store: Store, source: str, version: Version, path: str) -> list[str]
     return names
 
 
-def _is_same(name: str, version: Version, present: Present | None) -> bool:
-    then = version.files.get(name)
-    now = present.files.get(name) if present else None
-    if then is None or now is None or present is None:
-        return then is now
-    if name == layout.META:
-        return version.meaning == present.meaning
-    return then.content == now.content
+def _content(store: Store, directory: str) -> Meta | None:
+    """What people have set in a header but for its rights; None where it is no valid one."""
+    try:
+        meta = metadata.user_set(read_meta(store, directory))
+    except (FileNotFoundError, InvalidMetadata, NotAllowed):
+        return None
+    return without_rights(meta)
+
+
+def without_rights(meta: Meta) -> Meta:
+    """A header without the access list."""
+    governance = {k: v for k, v in meta.get("governance", {}).items() if k != "access"}
+    return {**meta, "governance": governance}
 
 
 def _put_back(

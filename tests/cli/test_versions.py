@@ -233,6 +233,42 @@ def test_a_deleted_cube_comes_back(cube: Path, mount: Path, run: Run) -> None:
     assert (cube / "payload.md").read_text() == "one\nsame\n"
 
 
+def test_a_deleted_cube_is_not_the_one_it_lay_in(cube: Path, mount: Path, run: Run) -> None:
+    (cube / "inner").mkdir()
+    (cube / "inner/payload.md").write_text("inner\n")
+    shutil.rmtree(cube / "inner")
+    assert run("restore", cube / "nothing")[0] == 3
+    until(lambda: run("restore", cube / "inner")[0] == 0)
+    assert (cube / "inner/payload.md").read_text() == "inner\n"
+    assert (cube / "payload.md").read_text() == "two\nsame\n"
+
+
+def test_what_has_no_version_yet_is_not_replaced(cube: Path, mount: Path, run: Run) -> None:
+    store = mount.parent / "store" / cube.name
+    newest = max(os.listdir(cube / ".versions"))
+    (store / "payload.md").write_text("beside\n")
+    said = run("restore", cube, newest)
+    assert said[1].endswith("payload.md\n")
+    events = [v["event"] for v in from_json(run, "versions", cube)["versions"]]
+    assert events == ["created", "changed", "changed", "changed", "restored"]
+    assert (cube / "payload.md").read_text() == "two\nsame\n"
+
+
+def test_access_lists_are_no_difference(cube: Path, run: Run) -> None:
+    done = subprocess.run(
+        ["setfacl", "-m", "u:1234:r", cube / "payload.md"], check=False, capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("no access lists here")
+    newest = max(os.listdir(cube / ".versions"))
+    assert run("diff", cube, newest) == (0, "", "")
+    assert run("restore", cube)[0] == 0
+    acl = subprocess.run(
+        ["getfacl", "-n", cube / "payload.md"], check=True, capture_output=True, text=True
+    )
+    assert "user:1234:r--" in acl.stdout
+
+
 def test_what_never_was(mount: Path, run: Run, tmp_path: Path) -> None:
     (mount / "collection").mkdir()
     for name in ("nothing", "collection"):

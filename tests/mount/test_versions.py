@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from memfs.vault import versions
+from memfs.vault.rename import RENAME_EXCHANGE, renameat2
 from memfs.vault.store import Store
 from memfs.vault.versions import Version
 
@@ -281,6 +282,63 @@ def test_making_versions_costs_little(mount: Mount) -> None:
     for number in range(50):
         (cube / "payload.md").write_text(f"text {number}\n")
     assert time.monotonic() - start < 5
+
+
+def test_two_cubes_that_change_places_keep_their_histories(mount: Mount) -> None:
+    one, two = mount.cube("one", "1\n"), mount.cube("two", "2\n")
+    ids = id_of(one), id_of(two)
+    directory = os.open(mount.dir, os.O_PATH)
+    renameat2(directory, "one", directory, "two", RENAME_EXCHANGE)
+    os.close(directory)
+    until(lambda: all(events(mount, i) == ["created", "moved"] for i in ids))
+    assert (id_of(two), id_of(one)) == ids
+    os.rename(mount.store / "one", mount.store / "three")
+    os.rename(mount.store / "two", mount.store / "one")
+    os.rename(mount.store / "three", mount.store / "two")
+    until(lambda: [history(mount, i)[-1].path for i in ids] == ["one", "two"])
+    assert [texts(mount, i)[-1] for i in ids] == ["1\n", "2\n"]
+    assert not any(v.event == "deleted" for i in ids for v in history(mount, i))
+
+
+def test_a_version_that_a_power_loss_tore_is_made_again(tmp_path: Path) -> None:
+    with mounted_at(tmp_path) as mount:
+        until(mount.has_index)
+        cube = mount.cube("law", "one\n")
+        (cube / "payload.md").write_text("two\n")
+        cube_id = id_of(cube)
+        os.kill(mount.pid, signal.SIGKILL)
+        until(lambda pid=mount.pid: has_ended(pid))
+        kept = mount.store / history(mount, cube_id)[-1].directory / "payload.md"
+        kept.chmod(0o600)
+        kept.write_text("")  # as a filesystem leaves a file that it had no time to write
+        mount.start()
+        until(lambda: texts(mount, cube_id) == ["one\n", "two\n"])
+        assert list((mount.store / ".memfs/aside").glob("*/.memfs/versions/*/*/payload.md"))
+
+
+@needs_root
+def test_a_full_disk_fails_no_write_and_the_version_comes_later(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    disk = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", tmp_path / "store"]
+    if subprocess.run(disk, check=False, capture_output=True).returncode:
+        pytest.skip("no tmpfs may be mounted here")
+    try:
+        with mounted_at(tmp_path) as mount:
+            until(mount.has_index)
+            cube = mount.cube("law", "one\n")
+            cube_id = id_of(cube)
+            with pytest.raises(OSError, match="space"), (mount.dir / "filler").open("wb") as file:
+                while True:
+                    file.write(bytes(1 << 20))
+            with (cube / "payload.md").open("r+") as file:
+                file.write("two\n")
+            assert (cube / "payload.md").read_text() == "two\n"
+            assert texts(mount, cube_id) == ["one\n"]
+            (mount.dir / "filler").unlink()
+            settled(mount)
+            assert texts(mount, cube_id) == ["one\n", "two\n"]
+    finally:
+        subprocess.run(["umount", tmp_path / "store"], check=True)
 
 
 # Looking at the past

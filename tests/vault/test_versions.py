@@ -324,10 +324,11 @@ def test_descriptions_are_not_trusted(store: Store) -> None:
 
 
 def test_the_mark_of_a_mount_at_work(store: Store) -> None:
-    assert not versions_make.mark(store)
-    assert versions_make.mark(store)
+    assert versions_make.mark(store) is None
+    versions_make.mark_flushed(store, 1234.5)
+    assert versions_make.mark(store) == 1234.5
     versions_make.unmark(store)
-    assert not versions_make.mark(store)
+    assert versions_make.mark(store) is None
     assert versions.cube_ids(store) == []
 
 
