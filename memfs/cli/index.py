@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import pwd
-import re
-import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memfs.cli import output
+from memfs.cli import filters, output
 from memfs.cube import layout, metadata
-from memfs.errors import IndexDamaged, InvalidRequest, MemfsError, NotAllowed, NotFound
+from memfs.errors import IndexDamaged, MemfsError, NotAllowed, NotFound
 from memfs.filesystem import registry
 from memfs.index.check import sound
 from memfs.index.compare import Difference, compare
@@ -143,9 +139,9 @@ def _find(store: Store, mountpoint: str | None, args: argparse.Namespace) -> int
             index.find(
                 kv_state=args.kv,
                 tag=args.tag,
-                owner=None if args.owner is None else _uid(args.owner),
-                since=None if args.since is None else _time(args.since),
-                until=None if args.until is None else _time(args.until),
+                owner=None if args.owner is None else filters.uid(args.owner),
+                since=None if args.since is None else filters.moment(args.since),
+                until=None if args.until is None else filters.moment(args.until),
             )
         )
     found.sort(key=lambda item: item[0])
@@ -190,23 +186,3 @@ def _row(difference: Difference) -> tuple[str, str, str, str]:
 def _short(value: object) -> str:
     text = "-" if value is None else str(value)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _uid(user: str) -> int:
-    if user.isdecimal():
-        return int(user)
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise InvalidRequest(f"there is no user {user}") from None
-
-
-def _time(text: str) -> float:
-    """Seconds since 1970 of a date, a time, or so many days, hours or minutes ago."""
-    ago = re.fullmatch(r"(\d{1,9})([dhm])", text)
-    if ago:
-        return time.time() - int(ago[1]) * {"d": 86400, "h": 3600, "m": 60}[ago[2]]
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError, OSError):
-        raise InvalidRequest(f"{text!r} is no time: 2026-02-28, or 7d, 12h, 30m") from None

@@ -29,6 +29,7 @@ COMMANDS = {
     "versions": "list the versions of a cube, or the deleted cubes of a store",
     "diff": "show what changed between two versions of a cube",
     "restore": "bring back a version of a cube, or a deleted cube",
+    "log": "show who mounted, changed or was denied what",
     "fsck": "check everything a store holds, and repair it",
     "dump": "write cubes into an archive",
     "load": "load cubes from an archive",

@@ -27,7 +27,6 @@ from typing import Any
 import xxhash
 
 from memfs.cube import layout
-from memfs.cube.access import Caller
 from memfs.cube.acl import XATTR, Acl
 from memfs.errors import VersionDamaged
 from memfs.filesystem.attributes import Attributes, Status, altered
@@ -199,7 +198,7 @@ class Past:
         if context.uid in (0, os.geteuid()):
             return True
         newest = self._catalogue.history.newest(version.cube_id)
-        caller = Caller.of(context.uid, context.gid)
+        caller = context.caller()
         return may_read(self._store, caller, newest or version)
 
     def _version(self, cube_id: str, stamp: str) -> Version:
