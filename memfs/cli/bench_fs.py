@@ -41,14 +41,16 @@ class Measure:
     take: Callable[[Place, int], float]
     unit: str
     aim: str = ""
+    aim_alone: str | None = None
+    """Without passthrough, where that is another: no server comes near the disk."""
     options: str = "mount_on_read=off"
     """Of memfs's mount: what is in the model is read as everything is where no read counts."""
 
 
 MEASURES = (
-    Measure("blob read, warm", measure.blob_warm, "MB/s", ">= 95% of the disk"),
-    Measure("blob read, cold", measure.blob_cold, "MB/s", ">= 90% of the disk"),
-    Measure("copies of it in memory", measure.copies, "", "1"),
+    Measure("blob read, warm", measure.blob_warm, "MB/s", ">= 95% of the disk", ">= 85% of C"),
+    Measure("blob read, cold", measure.blob_cold, "MB/s", ">= 90% of the disk", ">= 60% of C"),
+    Measure("copies of it in memory", measure.copies, "", "1", ""),
     Measure(
         "blob read, warm, not yet in the model",
         measure.blob_warm,
@@ -109,7 +111,7 @@ def run(runs: int, files: int, directory: str | None, program: str | None, say: 
         "c": os.path.basename(program) if program else None,
         "files": files,
         "cold_walks": measure.can_drop_caches(),
-        "fs": [_line(m, lines[m.name]) for m in MEASURES],
+        "fs": [_line(m, lines[m.name], passed=passthrough["on"]) for m in MEASURES],
     }
 
 
@@ -147,8 +149,9 @@ def _one_run(
             lines.setdefault(m.name, {}).setdefault(arm, []).append(value)
 
 
-def _line(m: Measure, arms: dict[str, list[float]]) -> Facts:
-    line: Facts = {"what": m.name, "unit": m.unit, "aim": m.aim, "runs": arms}
+def _line(m: Measure, arms: dict[str, list[float]], *, passed: bool) -> Facts:
+    aim = m.aim if passed or m.aim_alone is None else m.aim_alone
+    line: Facts = {"what": m.name, "unit": m.unit, "aim": aim, "runs": arms}
     medians = {arm: statistics.median(values) for arm, values in arms.items()}
     line |= medians
     for arm in ("disk", "c"):

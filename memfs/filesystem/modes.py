@@ -21,7 +21,7 @@ from collections.abc import Collection
 
 from memfs.filesystem.handles import Handle, OpenFile
 from memfs.filesystem.passthrough import Passthrough
-from memfs.vault.sig import Sig, settled_sig
+from memfs.vault.sig import Sig, settled_sig, sig_of
 
 _KEPT = 4096
 
@@ -58,7 +58,7 @@ class Modes:
             if any(other.refused for other in others):
                 self._cached.pop(node, None)
             elif handle.passed is None:
-                self._cache(handle, node, settled_sig(found))
+                self._cache(handle, node, found)
 
     def dismiss(self, handle: Handle) -> None:
         """A file was closed for good."""
@@ -70,8 +70,8 @@ class Modes:
             if not passed.users:
                 self._passthrough.end(passed)
 
-    def _cache(self, handle: Handle, node: str, sig: Sig) -> None:
-        handle.keep_cache = self._cached.pop(node, None) == sig
+    def _cache(self, handle: Handle, node: str, found: os.stat_result) -> None:
+        handle.keep_cache = self._cached.pop(node, None) == sig_of(found)
         if len(self._cached) >= _KEPT:
             self._cached.pop(next(iter(self._cached)))
-        self._cached[node] = sig
+        self._cached[node] = settled_sig(found)
