@@ -23,6 +23,8 @@ from memfs.vault.store import Store
 
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}")
 
+_DEFAULT_LIST = "system.posix_acl_default"
+
 _DROPPED = os.O_DIRECT | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOCTTY
 """Flags of an open that are not the backing file's: the kernel has acted on them already, and with
 O_APPEND ``pwrite`` would ignore its offset."""
@@ -102,7 +104,7 @@ class Backing:
         """A descriptor of a new, empty file that belongs to the caller."""
         with self.at(path) as (parent, name):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(name, flags, stat.S_IMODE(mode), dir_fd=parent)
+            fd = os.open(name, flags, mode_of_new(mode, parent, context), dir_fd=parent)
             try:
                 give(fd, parent, context)
             except BaseException:
@@ -112,12 +114,13 @@ class Backing:
 
     def mkdir(self, path: str, mode: int, context: Context) -> None:
         with self.at(path) as (parent, name):
-            os.mkdir(name, stat.S_IMODE(mode), dir_fd=parent)
+            os.mkdir(name, mode_of_new(mode, parent, context), dir_fd=parent)
             _give_name(parent, name, context)
 
     def mknod(self, path: str, mode: int, device: int, context: Context) -> None:
         with self.at(path) as (parent, name):
-            os.mknod(name, mode, device, dir_fd=parent)
+            kind = stat.S_IFMT(mode)
+            os.mknod(name, kind | mode_of_new(mode, parent, context), device, dir_fd=parent)
             _give_name(parent, name, context)
 
     def symlink(self, path: str, target: str, context: Context) -> None:
@@ -241,6 +244,20 @@ def _reference(parent: int, name: str) -> Iterator[str]:
         yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
+
+
+def mode_of_new(mode: int, parent: int, context: Context) -> int:
+    """Permissions of a file to be made in an open directory.
+
+    A default access list of the directory, which its disk applies, takes the place of the umask.
+    """
+    mode = stat.S_IMODE(mode)
+    if mode & context.umask:
+        try:
+            os.getxattr(parent, _DEFAULT_LIST)
+        except OSError:  # there is none, or the disk knows no such thing
+            return mode & ~context.umask
+    return mode
 
 
 def give(fd: int, parent: int, context: Context) -> None:

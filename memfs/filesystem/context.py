@@ -27,6 +27,8 @@ class Context(NamedTuple):
     """Its thread id, which is also its process id in programs of one thread."""
     interrupted: Callable[[], bool]
     """Whether the caller was sent a signal and waits no longer. To be asked in this very thread."""
+    umask: int = 0
+    """Where the operation makes a file; see ``backing.mode_of_new``."""
 
     def caller(self) -> Caller:
         """Whose rights count; while the caller waits."""

@@ -48,6 +48,9 @@ _BACKING_ID = 36
 _POSIX_ACL = 1 << 19
 """FUSE_CAP_POSIX_ACL: the kernel reads the files' access lists, and holds them as it does modes."""
 
+_DONT_MASK = 1 << 6
+"""FUSE_CAP_DONT_MASK: the umask is ours to apply, as a directory's default list may replace it."""
+
 _UNCHANGED = 0xFFFFFFFF
 """-1 as an unsigned user or group id."""
 
@@ -76,7 +79,7 @@ _is_interrupted = mfusepy._libfuse.fuse_interrupted
 def context() -> Context:
     """Who asks for the operation that the calling thread, one of libfuse's, is in."""
     found = _get_context().contents
-    return Context(found.uid, found.gid, found.pid, _interrupted)
+    return Context(found.uid, found.gid, found.pid, _interrupted, found.umask)
 
 
 def serve(
@@ -143,13 +146,13 @@ class _Callbacks(mfusepy.Operations):
         config.nullpath_ok = 1  # handles know their paths, and a read takes no lock on one
         if _VERSION >= (3, 17):
             connection.want_ext &= ~(_KILLPRIV | _READDIRPLUS)
-            connection.want_ext |= connection.capable_ext & _POSIX_ACL
+            connection.want_ext |= connection.capable_ext & (_POSIX_ACL | _DONT_MASK)
             # Without this it hears no more that a caller was sent a signal. It sends us one in
             # turn, which does nothing: whoever waits asks libfuse now and then.
             config.intr, config.intr_signal = 1, signal.SIGUSR2
         else:
             connection.want &= ~(_KILLPRIV | _READDIRPLUS)
-            connection.want |= connection.capable & _POSIX_ACL
+            connection.want |= connection.capable & (_POSIX_ACL | _DONT_MASK)
         self._ask_for_passthrough(connection)
         self.served = True
         try:

@@ -34,7 +34,7 @@ from memfs.cube import adapter, layout
 from memfs.errors import MemfsError
 from memfs.filesystem import syscalls
 from memfs.filesystem.attributes import Status
-from memfs.filesystem.backing import Backing, give
+from memfs.filesystem.backing import Backing, give, mode_of_new
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
 from memfs.vault.rights import acl_bytes, dress, write_acl
@@ -282,7 +282,7 @@ class Staged(Handle):
                 os.fchmod(fd, stat.S_IMODE(like.st_mode))
                 return
         give(fd, parent, self._context)
-        os.fchmod(fd, stat.S_IMODE(mode))
+        os.fchmod(fd, mode_of_new(mode, parent, self._context))
 
     def _open_standing(self) -> int:
         """The file that stands there now; -1 where one is only shown, as it could be made."""

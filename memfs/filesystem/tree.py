@@ -179,6 +179,8 @@ class Tree:
         self._require_writable(path)
         before = self._acl_before(path, name)
         self._attributes.set(path, name, value, flags)
+        if name == XATTR:
+            self._drop_setgid(path)
         if before is not None:
             self._governed(path, before)
 
@@ -188,6 +190,15 @@ class Tree:
         self._attributes.remove(path, name)
         if before is not None:
             self._governed(path, before)
+
+    def _drop_setgid(self, path: str) -> None:
+        """Who gives an access list to a file of a group that is not his takes its setgid bit.
+
+        The kernel leaves that to the disk, which does not do it to root's mount.
+        """
+        found, caller = self._backing.status(path), self._context().caller()
+        if found.st_mode & stat.S_ISGID and caller.uid != 0 and found.st_gid not in caller.gids:
+            self._backing.chmod(path, found.st_mode & ~stat.S_ISGID)
 
     def _header_status(self, path: str, cube: str) -> Status:
         found = self._backing.status(path)

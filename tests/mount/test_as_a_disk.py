@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ..conftest import needs
 from .conftest import mounted_at, needs_root
 from .test_posix import as_user, open_place
 
@@ -110,3 +111,38 @@ def test_symlinks_that_lead_into_the_mount_can_be_worked_on(tmp_path: Path) -> N
         except subprocess.TimeoutExpired:
             os.kill(served_by, signal.SIGKILL)  # it would never end, nor could it be unmounted
             raise
+
+
+@needs_root
+@needs("setfacl")
+def test_a_default_access_list_takes_the_umasks_place(open_place: Path) -> None:
+    (open_place / "listed").mkdir()
+    (open_place / "listed").chmod(0o777)
+    subprocess.run(["setfacl", "-dm", "g::rwx,o::r-x", open_place / "listed"], check=True)
+    code = """
+        import os, sys
+        os.chdir(sys.argv[1])
+        os.umask(0o077)
+        for place in ("listed", "."):
+            os.close(os.open(place + "/file", os.O_CREAT, 0o666))
+            os.mkdir(place + "/dir", 0o777)
+    """
+    assert as_user(1234, 2345, code, open_place).stderr == ""
+    found = {
+        name: stat.S_IMODE((open_place / name).stat().st_mode)
+        for name in ("listed/file", "listed/dir", "file", "dir")
+    }
+    assert found == {"listed/file": 0o664, "listed/dir": 0o775, "file": 0o600, "dir": 0o700}
+
+
+@needs_root
+@needs("setfacl")
+def test_a_list_given_by_who_is_not_in_the_group_takes_the_setgid_bit(open_place: Path) -> None:
+    file = open_place / "file"
+    file.touch()
+    for group, mode in ((2345, 0o2775), (2346, 0o775)):
+        os.chown(file, 1234, group)
+        file.chmod(0o2775)
+        command = ["setfacl", "-m", f"u:{group}:rwx", file]
+        subprocess.run(command, check=True, user=1234, group=2345, extra_groups=[])
+        assert stat.S_IMODE(file.stat().st_mode) == mode
