@@ -32,7 +32,8 @@ examples:
   memfs fsck --json ~/mem        of a mounted store, for a script
 
 Every file of every cube is read. A store that is not mounted is locked meanwhile; one that is
-mounted can be checked, where changes under way are looked at twice, and not repaired.
+mounted can be checked, where changes under way are looked at twice, and not repaired; so can
+one that you may only read.
 
 --repair deletes nothing: what is of no use where it lies is moved to STORE/.memfs/aside/TIME/,
 under the path that it had. A header that is missing or broken is written anew from the last
@@ -149,6 +150,9 @@ class _Check:
         try:
             return list(problems)
         except (OSError, NotAllowed) as e:
+            if self._store.read_only and isinstance(e, PermissionError):
+                self._progress.step(f"{path} is its owner's alone: it was not checked")
+                return []
             return [unreadable(path, e)]
 
     def _versions(self) -> Iterator[Problem]:

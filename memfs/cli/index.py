@@ -15,7 +15,7 @@ from memfs.filesystem import registry
 from memfs.index.check import sound
 from memfs.index.compare import Difference, compare
 from memfs.index.lmdb_index import Index
-from memfs.index.rebuild import MODEL, REBUILT, index_directory, rebuild
+from memfs.index.rebuild import MODEL, REBUILT, index_directory, open_or_rebuild, rebuild
 from memfs.vault.lock import lock
 from memfs.vault.store import Store
 
@@ -134,7 +134,9 @@ def _ask_mount(store: Store, mountpoint: str) -> dict[str, Any]:
 
 
 def _find(store: Store, mountpoint: str | None, args: argparse.Namespace) -> int:
-    with _opened(store, mountpoint) as index:
+    # What cannot be written has no index that could be trusted: a temporary one is made.
+    opened = open_or_rebuild(store)[0] if store.read_only else _opened(store, mountpoint)
+    with opened as index:
         found = list(
             index.find(
                 kv_state=args.kv,

@@ -21,6 +21,7 @@ examples:
   memfs mount -f ~/store ~/mem                   stay in the foreground
 
 Returns when the mount can be used. The store and the mountpoint are made where they are missing.
+A store that cannot be written (a read-only disk, no right to its directory) is mounted read-only.
 A mount by root is for every user, with the files' own permissions; a mount by anybody else is
 for that user alone, unless -o allow_other is given (and /etc/fuse.conf has user_allow_other).
 End it with memfs umount, fusermount3 -u or umount.
@@ -56,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
     config = Config.load(model=args.model, mount_on_read=on_read)
     wanted = Wanted(Path(args.store), args.mountpoint, config, options)
     record = mount(wanted, foreground=args.foreground)
+    note = ", read-only: the store cannot be written" if record.read_only else ""
     if args.json:
         output.print_json(asdict(record))
     elif not args.foreground:
-        print(f"{output.plain(record.store)} is mounted at {output.plain(record.mountpoint)}")
+        print(f"{output.plain(record.store)} is mounted at {output.plain(record.mountpoint)}{note}")
     return 0
 
 

@@ -141,7 +141,7 @@ class Blobs:
         payload = self._backing.status(layout.join(cube, layout.PAYLOAD))
         if not stat.S_ISREG(payload.st_mode) or not payload.st_size:
             raise missing
-        if self._guard.is_frozen(cube):
+        if not self._may_be_made(cube):
             raise missing
         pid = self._context().pid
         creating = creates(pid)
@@ -169,9 +169,13 @@ class Blobs:
             return False
         return (
             self._makers.possible
-            and not self._guard.is_frozen(cube)
+            and self._may_be_made(cube)
             and all(facts.kv_model.get(name) == model.get(name) for name in MODEL_FIELDS)
         )
+
+    def _may_be_made(self, cube: str) -> bool:
+        """Whether a KV cache may be written into the cube."""
+        return not self._backing.store.read_only and not self._guard.is_frozen(cube)
 
     def _remember(self, ino: int, promised: int) -> None:
         if len(self._promised) >= _PROMISES:

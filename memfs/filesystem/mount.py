@@ -68,7 +68,9 @@ def mount(wanted: Wanted, *, foreground: bool = False) -> MountRecord:
         wanted = dataclasses.replace(wanted, config=config)
     store = Store.open(root)
     held = _lock(store, mountpoint)
-    record = MountRecord(str(store.root), mountpoint, model=wanted.config.model)
+    record = MountRecord(
+        str(store.root), mountpoint, model=wanted.config.model, read_only=store.read_only
+    )
     if foreground:
         _serve(wanted, store, held, record, None)
         return record
@@ -325,6 +327,8 @@ def _allow_open_files() -> None:
 def _fuse_options(record: MountRecord) -> dict[str, str | bool]:
     name = record.store.replace("\\", "\\\\").replace(",", "\\,")
     options: dict[str, str | bool] = {"fsname": name, "subtype": "memfs"}
+    if record.read_only:
+        options["ro"] = True  # so that the mount says it, and the kernel refuses whoever writes
     if os.geteuid() == 0:
         options["allow_other"] = True  # the kernel checks every access: see default_permissions
     return options

@@ -29,6 +29,8 @@ class MountRecord:
     """The process that serves it; None where it is another user's."""
     model: str | None = None
     """The model that it was told to use."""
+    read_only: bool = False
+    """Whether nothing can be written, as the store cannot be."""
     started: int = 0
     """Clock ticks from boot to the start of that process: a number that is used again is not it."""
 

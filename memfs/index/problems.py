@@ -7,6 +7,7 @@ from the files. One thread.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Iterable, Iterator
@@ -105,6 +106,9 @@ class IndexCheck:
 
     def _open(self) -> None:
         self._reason = sound(self._directory, live=self._live)
+        if self._store.read_only and self._reason == os.strerror(errno.EACCES):
+            self._reason = None  # its owner's alone: there is no index for us
+            return
         if self._reason is None:
             try:
                 self._index = Index.open(self._directory, read_only=True)

@@ -170,8 +170,11 @@ def inspect(
         holder = marks[layout.PAYLOAD] or os.fstat(directory)
     finally:
         os.close(directory)
-    memories = [s for name, s in marks.items() if s is not None and name != layout.META]
-    changed = max(status.st_mtime for status in memories or found)
+    # Not by the adapter's directory, in which temporary files come and go.
+    times = [s.st_mtime for name in (layout.PAYLOAD, layout.KV) if (s := marks[name]) is not None]
+    sigs = (facts.adapter_sig, facts.adapter_config_sig)
+    times += [sig.mtime_ns / 1e9 for sig in sigs if sig is not None]
+    changed = max(times or [status.st_mtime for status in found])
     owner = holder.st_uid, holder.st_gid, stat.S_IMODE(holder.st_mode)
     if (facts.uid, facts.gid, facts.mode, facts.changed) != (*owner, changed):
         facts = replace(facts, uid=owner[0], gid=owner[1], mode=owner[2], changed=changed)

@@ -61,6 +61,11 @@ class Store:
             raise
 
     @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written: a read-only filesystem, or no right to the directory."""
+        return not self.writable and not os.access(".", os.W_OK, dir_fd=self.fd)
+
+    @property
     def control_dir(self) -> Path:
         """memfs's own directory on disk: the index and the lock; no part of the store's content."""
         return self.root / layout.CONTROL

@@ -263,6 +263,19 @@ def test_the_states_of_an_adapter(cube: Cube) -> None:
     assert found.adapter_reason
 
 
+def test_a_temporary_file_beside_an_adapter_changes_nothing(cube: Cube) -> None:
+    cube.write("payload.md", b"text")
+    (cube.root / "adapter").mkdir()
+    weights = {"lora_A": np.ones((2, 2), np.float32)}
+    cube.write("adapter/adapter_model.safetensors", save(weights))
+    os.utime(cube.root / "payload.md", (1e9, 1e9))
+    os.utime(cube.root / "adapter/adapter_model.safetensors", (1.5e9, 1.5e9))
+    found = cube.settled()
+    assert found.changed == 1.5e9
+    (cube.root / "adapter/.memfs-tmp-1").touch()
+    assert cube.look(found) == found
+
+
 def test_an_adapter_elsewhere_is_none(cube: Cube, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside")
     (outside / "adapter_model.safetensors").write_bytes(save({"a": np.ones(2, np.float32)}))
