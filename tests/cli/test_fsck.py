@@ -186,7 +186,7 @@ DAMAGES = {
         *("files", "law/kv.safetensors", "pipe"),
     ),
     "a header that is a symlink": Damage(
-        lambda root: replaced(root / "law/meta.json", lambda p: p.symlink_to("/etc/passwd")),
+        lambda root: replaced(root / "law/meta.json", lambda p: p.symlink_to(root / "gone")),
         *("files", "law/meta.json", "it is a symlink"),
     ),
     "an adapter that is a directory": Damage(
