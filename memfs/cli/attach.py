@@ -6,7 +6,7 @@ import argparse
 
 from memfs.cli import output, targets
 from memfs.cli.encode import encode
-from memfs.errors import KVStale, NotFound
+from memfs.errors import KVCorrupt, KVForeign, KVStale, NotFound
 
 HELP = "put a cube into the model by name"
 EPILOG = """\
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         for cube in cubes:
             try:
                 reply = client.call("mount", **cube.named(), pin=args.pin)
-            except (NotFound, KVStale):  # made from the text, as reading the file would
+            except (NotFound, KVStale, KVForeign, KVCorrupt):  # made from the text
                 encode(client, cube)
                 reply = client.call("mount", **cube.named(), pin=args.pin)
             mounted = reply["mounted"]

@@ -3,7 +3,8 @@ weights.
 
 Where a cube has text and no KV cache, one is shown to whoever asks for it by name, and made when it
 is opened. A KV cache of an older text, made by the model that is resident now, is made anew in the
-same way; what another model made, or what is damaged, is somebody's file and is served as it is.
+same way: it is of no more use to anybody. What another model made, or what is damaged, is served as
+it is to who reads it; that first use has it made anew behind the reader's back (see ``renewal``).
 Used by the tree; any thread.
 """
 

@@ -5,12 +5,15 @@ module, and what the runtime says is kept as a ``RuntimeState`` that anybody may
 runtime everything works but for the making of KV caches; a thread looks for one each second.
 
 Threads: one listens (``subscribe``), one tells of changes in their order, a few wait for mounts,
-one more for each KV cache that is being made. All are daemons, and end with the process.
+one sees to what does not fit (``renewal``), one more for each KV cache that is being made.
+All are daemons, and end with the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -19,7 +22,15 @@ from typing import Any, Protocol
 
 from memfs.config import Config
 from memfs.cube.access import Caller
-from memfs.errors import Interrupted, MemfsError, Refused, RuntimeUnavailable
+from memfs.errors import (
+    Interrupted,
+    KVCorrupt,
+    KVForeign,
+    MemfsError,
+    Refused,
+    RuntimeUnavailable,
+)
+from memfs.filesystem.renewal import Asked, Renewal, Ticket
 from memfs.runtime.client import RuntimeClient, connect
 
 log = logging.getLogger(__name__)
@@ -27,6 +38,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 TELL_SECONDS = 5.0
 """How long the runtime may take to hear of a change; it answers that without using the model."""
+MISFITS = (KVForeign, KVCorrupt)
+"""What is wrong with a KV cache that one made from the text would not have."""
 _MOUNTERS = 4
 
 
@@ -61,21 +74,6 @@ class Listener(Protocol):
 
     def happened(self, event: dict[str, Any]) -> None:
         """Something happened to a cube: mounted, unmounted, refused, encoded, asked."""
-
-
-class Ticket:
-    """A mount that was asked for."""
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-
-    def finish(self) -> None:
-        """It was answered, in whatever way."""
-        self._done.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it was answered within that time."""
-        return self._done.wait(seconds)
 
 
 class Making:
@@ -123,16 +121,16 @@ class Link:
         self._responsive = True
         self._subscription: RuntimeClient | None = None
         self._tell: queue.SimpleQueue[tuple[str, dict[str, object]] | None] = queue.SimpleQueue()
-        self._mounts: queue.SimpleQueue[tuple[str, str, Caller, Ticket] | None] = (
-            queue.SimpleQueue()
-        )
+        self._mounts: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self._renewal = Renewal(self._use)
         self._asked: dict[tuple[str, str, Caller], Ticket] = {}
         self._made: dict[tuple[str, Caller], Making] = {}
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Starts the threads."""
-        for target in (self._listen, self._tell_all, *[self._mount_all] * _MOUNTERS):
+        once = (self._listen, self._tell_all, self._renewal.run)
+        for target in (*once, *[self._mount_all] * _MOUNTERS):
             self._thread(target)
 
     def stop(self) -> None:
@@ -140,6 +138,7 @@ class Link:
         self._stopping.set()
         self._look_now.set()
         self._tell.put(None)
+        self._renewal.stop()
         for _ in range(_MOUNTERS):
             self._mounts.put(None)
         if self._subscription is not None:
@@ -172,7 +171,7 @@ class Link:
             ticket = self._asked.get(key)
             if ticket is None:
                 ticket = self._asked[key] = Ticket()
-                self._mounts.put((path, kind, caller, ticket))
+                self._mounts.put(Asked(path, kind, caller, ticket))
         return ticket
 
     def changed(self, path: str) -> None:
@@ -204,6 +203,16 @@ class Link:
             making = self._made[path, caller] = Making(path)
         self._thread(lambda: self._make(making, caller))
         return making
+
+    def renew(self, path: str) -> None:
+        """Has a KV cache that does not fit made anew: its text was used in an answer instead."""
+
+        def wait() -> None:
+            making.wait(threading.TIMEOUT_MAX)
+            self.leave(making)
+
+        making = self.make(path, Caller.of(os.getuid(), os.getgid()))
+        self._thread(wait)
 
     def leave(self, making: Making) -> None:
         """One who waited for a KV cache waits no more."""
@@ -295,24 +304,44 @@ class Link:
                 log.debug("the runtime was not told of %s: %s", op, e)
 
     def _mount_all(self) -> None:
-        while (item := self._mounts.get()) is not None:
-            path, kind, caller, ticket = item
+        while (asked := self._mounts.get()) is not None:
             try:
-                with connect(self._config, start=self._config.autostart) as client:
-                    self._look_now.set()
-                    client.call(
-                        "mount", store=self._store, path=path, kind=kind, **caller.to_wire()
-                    )
-                    self._responsive = True
-            except Refused as e:
-                log.debug("%s was not mounted: %s", path, e)  # the runtime has told everybody
-            except MemfsError as e:
-                if self._config.autostart or not isinstance(e, RuntimeUnavailable):
-                    self._refused(path, kind, caller.uid, e)
+                self._mount(asked)
+            except MISFITS:
+                self._renewal.read(asked)
             finally:
                 with self._lock:
-                    self._asked.pop((path, kind, caller), None)
-                ticket.finish()
+                    self._asked.pop((asked.path, asked.kind, asked.caller), None)
+                asked.ticket.finish()
+
+    def _mount(self, asked: Asked) -> None:
+        """Raises MISFITS where the file cannot be used, and one made from the text could."""
+        path, kind, caller, _ = asked
+        try:
+            with connect(self._config, start=self._config.autostart) as client:
+                self._look_now.set()
+                client.call("mount", store=self._store, path=path, kind=kind, **caller.to_wire())
+                self._responsive = True
+        except MISFITS:
+            raise
+        except Refused as e:
+            log.debug("%s was not mounted: %s", path, e)  # the runtime has told everybody
+        except MemfsError as e:
+            if self._config.autostart or not isinstance(e, RuntimeUnavailable):
+                self._refused(path, kind, caller.uid, e)
+
+    def _use(self, asked: Asked) -> None:
+        """A KV cache that does not fit was read, and not in passing."""
+        self._thread(lambda: self._renew(asked))
+
+    def _renew(self, asked: Asked) -> None:
+        """Has it made anew, and mounted."""
+        making = self.make(asked.path, asked.caller)
+        making.wait(threading.TIMEOUT_MAX)
+        self.leave(making)
+        if making.error is None:
+            with contextlib.suppress(*MISFITS):  # another model's runtime was there in between
+                self._mount(asked)
 
     def _make(self, making: Making, caller: Caller) -> None:
         error: MemfsError | None = None

@@ -22,7 +22,8 @@ from memfs.filesystem.attributes import Status, altered
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, program
 from memfs.filesystem.handles import OpenFile
-from memfs.filesystem.link import Link, Ticket
+from memfs.filesystem.link import Link
+from memfs.filesystem.renewal import Ticket
 
 ACKNOWLEDGED_SECONDS = 1.0
 """How long a close waits for the mount that its reads started, where the runtime answers at all."""

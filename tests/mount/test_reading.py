@@ -182,7 +182,7 @@ def test_an_edit_is_stale_at_once_and_made_anew(reading: Reading, config: Config
     assert [cube["how"] for cube in report["cubes"]] == ["kv"]
 
 
-def test_another_models_kv_is_foreign_and_stays(reading: Reading, tiny_qwen_dir: Path) -> None:
+def test_another_models_kv_is_foreign_and_made_anew_when_it_is_read(reading: Reading) -> None:
     mount, client = reading
     kv = encoded(mount, client, "a")
     data = kv.read_bytes()
@@ -190,10 +190,10 @@ def test_another_models_kv_is_foreign_and_stays(reading: Reading, tiny_qwen_dir:
     kv.write_bytes(other)
     kind = until(lambda: (k := mount.meta("a")["state"]["kv"])["state"] == "foreign" and k)
     assert "architecture" in kind["reason"]
-    read_all(kv)
-    assert in_model(client, mount) == set()
+    assert kv.read_bytes() == other, "whole, and as it was"
+    until(lambda: in_model(client, mount) == {"a"})
     assert any("architecture" in r["reason"] for r in mount.status()["refusals"])
-    assert (mount.store / "a/kv.safetensors").read_bytes() == other
+    assert (mount.store / "a/kv.safetensors").read_bytes() == data
 
 
 def test_ask_by_path_from_the_command_line(reading: Reading, environment: dict[str, str]) -> None:
