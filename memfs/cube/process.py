@@ -8,6 +8,8 @@ and takes them out; what a user makes within the part that was handed to them
 
 from __future__ import annotations
 
+_DAC = 1 << 1 | 1 << 2
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
 _UNITS = (".service", ".scope")
 
 
@@ -21,6 +23,18 @@ def groups_of(pid: int) -> frozenset[int] | None:
     except OSError:
         pass
     return None
+
+
+def overrides(pid: int) -> bool:
+    """Whether a process may read, write or search what it has no right to (CAP_DAC_*)."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"CapEff:"):
+                    return bool(int(line.split()[1], 16) & _DAC)
+    except OSError:
+        pass
+    return False
 
 
 def context_of(pid: int) -> str | None:

@@ -73,23 +73,21 @@ def creates(pid: int) -> bool | None:
 
     None where that may not be known: another user's thread, or a system that restricts ptrace.
     """
-    if _CALLS is None:
-        return None
-    for _ in range(_TRIES):
-        try:
-            with open(f"/proc/{pid}/syscall", "rb") as file:
-                words = file.read().split()
-        except OSError:
-            return None
-        if words and words[0] != b"running":
-            break
-        time.sleep(_PAUSE)
-    else:
+    words = _system_call(pid)
+    if _CALLS is None or words is None:
         return None
     if int(words[0]) in _CALLS.makers:
         return True
-    flags = _open_flags(pid, words)
+    flags = _open_flags(pid, words) or 0
     return flags & os.O_CREAT != 0 and flags & os.O_EXCL != 0
+
+
+def opens(pid: int) -> int | None:
+    """The flags of the ``open`` that a thread is inside of; None where it is in none, or that may
+    not be known.
+    """
+    words = _system_call(pid)
+    return None if words is None else _open_flags(pid, words)
 
 
 def likely_creates(pid: int) -> bool:
@@ -106,19 +104,35 @@ def program(pid: int) -> str:
         return ""
 
 
-def _open_flags(pid: int, words: list[bytes]) -> int:
-    """Flags of the open that a ``/proc/PID/syscall`` line describes; 0 where it is none."""
+def _system_call(pid: int) -> list[bytes] | None:
+    """Number and arguments of the call that a thread is inside of; None where that is not known."""
+    if _CALLS is None:
+        return None
+    for _ in range(_TRIES):
+        try:
+            with open(f"/proc/{pid}/syscall", "rb") as file:
+                words = file.read().split()
+        except OSError:
+            return None
+        if words and words[0] != b"running":
+            return words
+        time.sleep(_PAUSE)
+    return None
+
+
+def _open_flags(pid: int, words: list[bytes]) -> int | None:
+    """Flags of the open that a ``/proc/PID/syscall`` line describes; None where it is none."""
     assert _CALLS is not None
     number = int(words[0])
     if number < 0 or len(words) < 4:
-        return 0
+        return None
     if number == _CALLS.open:
         return int(words[2], 16)
     if number == _CALLS.openat:
         return int(words[3], 16)
     if number == _CALLS.openat2:
         return _pointed_at(pid, int(words[3], 16))
-    return 0
+    return None
 
 
 def _pointed_at(pid: int, address: int) -> int:

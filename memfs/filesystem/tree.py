@@ -100,6 +100,15 @@ class Tree:
             return self._control.status(path)
         if role is Role.PAST:
             return self._past.status(path)
+        found = self._status(path, role, cube)
+        if cube:
+            self._guard.looked_at(path, cube, found)
+        elif stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o004:
+            self._guard.looked_at(path, path, found)
+        return found
+
+    def _status(self, path: str, role: Role, cube: str) -> Status:
+        """Of a file of the store, or one that it is shown to have."""
         if role is Role.META:
             return self._header_status(path, cube)
         if role in STAGED:

@@ -239,3 +239,31 @@ def test_the_trail_tells_of_rights(cube: Path, open_mount: Mount) -> None:
     (event,) = [e for e in events if e["event"] == "access"]
     assert (event["before"], event["after"]) == ([], [f"user:{BEN} read"])
     assert event["uid"] == ANN
+
+
+def denials(mount: Mount, cube: Path) -> list[tuple[int, str, str]]:
+    """Who was denied what, and by which file, as the trail has it."""
+    text = (mount.dir / ".memfs/events").read_text()
+    return [
+        (e["uid"], e["right"], e["file"].removeprefix(cube.name).strip("/"))
+        for e in map(json.loads, text.splitlines())
+        if e["event"] == "denied" and e["path"] == cube.name
+    ]
+
+
+def test_the_trail_tells_of_what_the_kernel_refused(cube: Path, open_mount: Mount) -> None:
+    text, kv = cube / "payload.md", cube / "kv.safetensors"
+    assert not may_read(BEN, text)
+    assert denials(open_mount, cube) == [(BEN, "read", "payload.md")]
+    assert not may_write(CAT, kv)
+    assert denials(open_mount, cube)[1:] == [(CAT, "write", "kv.safetensors")]
+    # Looking is not denied, nor is what a list or a group lets in.
+    as_user(70004, lambda: [file.stat().st_size for file in (text, kv)])
+    set_access(cube, (f"user:{BEN}", "read"), (f"group:{STAFF}", "read"))
+    assert may_read(BEN, text)
+    assert may_read(70004, text, groups=[STAFF])
+    assert len(denials(open_mount, cube)) == 2
+    as_user(ANN, lambda: cube.chmod(0o700))
+    set_access(cube)
+    assert not may_read(70005, text)
+    assert denials(open_mount, cube)[2:] == [(70005, "read", "")]
