@@ -42,7 +42,7 @@ RETRY_S = 30.0
 FLUSH_S = 5.0
 """After so long, at most, a version is on the disk for good."""
 
-_KNOWN = 8192
+_KNOWN = 2048
 _LOCKS = 64
 
 

@@ -16,6 +16,7 @@ cube is gone, the modes that were recorded count. Used by the tree; any thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -109,8 +110,12 @@ class Past:
             newest = self._catalogue.history.newest(cube_id)
             if newest is None or not newest.deleted or not self._may_read(newest):
                 continue
-            known = [self._version(cube_id, s) for s in versions.stamps(self._store, cube_id)]
-            places = [(version.stamp, version.path) for version in known if not version.deleted]
+            places = []
+            for stamp in versions.stamps(self._store, cube_id):
+                with contextlib.suppress(VersionDamaged):
+                    version = versions.read(self._store, cube_id, stamp)
+                    if not version.deleted:
+                        places.append((stamp, version.path))
             found.append(
                 {"path": newest.path, "id": cube_id, "deleted": newest.stamp, "versions": places}
             )
@@ -172,18 +177,16 @@ class Past:
         kept = {name: entry for name, entry in version.files.items() if entry.kept}
         name = "/".join(rest)
         if name in kept:
-            rights = Rights.recorded(kept[name])
-            if live:
-                rights = rights.and_now(self._store, *_places(live, name))
+            rights = self._rights(version, name, live)
             stored = f"{version.directory}/{name}"
             return _file(path, rights, kept[name].size, kept[name].mtime_ns, stored=stored)
+        if name == DESCRIPTION:  # it has the text's digest, and is for who may read that
+            rights = self._rights(version, layout.PAYLOAD, live)
+            data = self._store.read(f"{version.directory}/{name}", versions.MAX_DESCRIPTION)
+            return _file(path, rights, len(data), int(when * 1e9), data=data)
         rights = Rights.recorded(version.parents[-1])
         if live:
             rights = rights.and_now(self._store, live)
-        if name == DESCRIPTION:
-            stored = f"{version.directory}/{DESCRIPTION}"
-            data = self._store.read(stored, versions.MAX_DESCRIPTION)
-            return _file(path, rights, len(data), int(when * 1e9), data=data)
         holders = {layout.split(file)[0] for file in version.files} - {""}
         if name and name not in holders:
             raise _missing(path)
@@ -192,6 +195,11 @@ class Past:
         if not name:
             listed += [(holder, stat.S_IFDIR) for holder in holders]
         return _directory(path, rights, when, sorted(listed))
+
+    def _rights(self, version: Version, name: str, live: str) -> Rights:
+        """Those of a file of a version; where it has no such file, those of its directory."""
+        rights = Rights.recorded(version.files.get(name) or version.parents[-1])
+        return rights.and_now(self._store, *_places(live, name)) if live else rights
 
     def _may_read(self, version: Version) -> bool:
         context = self._context()

@@ -511,6 +511,7 @@ def test_only_who_may_read_the_cube_reads_its_past(mount: Mount) -> None:
     # The text is made private: so is what it was.
     (cube / "payload.md").chmod(0o600)
     assert not may(look, versions_of / "payload.md")
+    assert not may(look, versions_of / "version.json")
     assert not may(look, at / "open/law/payload.md")
     # It is public again, and what was private meanwhile stays so.
     (cube / "payload.md").write_text("secret\n")

@@ -1,0 +1,121 @@
+"""The policy applied to a store's versions, and jobs that are done later."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from memfs.filesystem.later import Later
+from memfs.filesystem.upkeep import Upkeep
+from memfs.vault import versions
+
+from .conftest import Forest, until
+
+
+def made(forest: Forest, name: str, count: int) -> str:
+    """A cube with so many versions; its id."""
+    forest.tree.names.mkdir(name, 0o755)
+    for number in range(count):
+        forest.write(f"{name}/payload.md", f"{name} {number} ".encode() * 1000)
+    facts = forest.catalogue.facts(name)
+    assert facts is not None
+    assert facts.id is not None
+    return facts.id
+
+
+def aged(forest: Forest, cube_id: str, *ages: timedelta) -> list[str]:
+    """Makes versions look older: each is renamed to a time so long ago; their new names."""
+    base = forest.root / versions.directory(cube_id)
+    stamps = versions.stamps(forest.store, cube_id)
+    new = [versions.stamp_of(datetime.now(UTC) - age) for age in ages]
+    for old, stamp in zip(stamps, new, strict=True):
+        os.rename(base / old, base / stamp)
+    forest.catalogue.history.forget(cube_id)
+    return new
+
+
+def prune(forest: Forest) -> None:
+    until(lambda: forest.catalogue.keeper.reason == "")
+    Upkeep(forest.catalogue.history).prune()
+
+
+def test_the_policy_is_applied(forest: Forest) -> None:
+    cube_id = made(forest, "law", 5)
+    day = timedelta(days=1)
+    stamps = aged(
+        forest, cube_id, 400 * day, 400 * day - timedelta(seconds=9), 40 * day, day / 2, day / 4
+    )
+    prune(forest)
+    left = versions.stamps(forest.store, cube_id)
+    assert left in (stamps[1:], stamps)  # unless a week ended within those nine seconds
+    assert forest.read(f"law/.versions/{left[-1]}/payload.md").startswith(b"law 4")
+
+
+def test_the_last_version_of_a_living_cube_stays_whatever_its_age(forest: Forest) -> None:
+    cube_id = made(forest, "law", 1)
+    stamps = aged(forest, cube_id, timedelta(days=4000))
+    forest.catalogue.history.budget = 1
+    prune(forest)
+    assert versions.stamps(forest.store, cube_id) == stamps
+
+
+def test_a_deleted_cube_goes_after_a_month(forest: Forest) -> None:
+    ids = [made(forest, name, 1) for name in ("old", "young")]
+    for name, cube_id in zip(("old", "young"), ids, strict=True):
+        for file in ("payload.md", "meta.json"):
+            forest.tree.names.unlink(f"{name}/{file}")
+        forest.tree.names.rmdir(name)
+        assert forest.catalogue.history.settle(name, cube_id)
+    aged(forest, ids[0], timedelta(days=32), timedelta(days=31))
+    aged(forest, ids[1], timedelta(days=30), timedelta(days=29))
+    prune(forest)
+    assert versions.cube_ids(forest.store) == [ids[1]]
+    assert len(versions.stamps(forest.store, ids[1])) == 2
+
+
+def test_beyond_the_budget_the_oldest_go(forest: Forest) -> None:
+    one, two = made(forest, "one", 4), made(forest, "two", 4)
+    everything = {i: versions.stamps(forest.store, i) for i in (one, two)}
+    size = sum(
+        sum(versions.blocks(forest.store, i, stamp).values())
+        for i, stamps in everything.items()
+        for stamp in stamps
+    )
+    forest.catalogue.history.budget = size * 2 // 3
+    prune(forest)
+    left = {i: versions.stamps(forest.store, i) for i in (one, two)}
+    for cube_id, stamps in left.items():
+        assert stamps == everything[cube_id][-len(stamps) :]
+    assert len(left[one]) < len(left[two]) == 4  # the first cube's are all older
+    assert len(left[one]) >= 1
+
+
+def test_jobs_come_in_time_once_and_put_off(caplog: pytest.LogCaptureFixture) -> None:
+    later = Later("test")
+    done: list[str] = []
+    ended = threading.Event()
+
+    def fails() -> None:
+        raise OSError("as jobs may")
+
+    began = time.monotonic()
+    later.after(0.3, lambda: done.append("last"))
+    later.after(0.1, lambda: done.append("once"), "key")
+    later.after(0.0, lambda: done.append("never"), "key")
+    later.after(0.1, lambda: done.append("put off"), "other")
+    later.after(0.4, lambda: None, "other", put_off=True)
+    later.after(0.0, fails)
+    later.after(0.5, ended.set)
+    later.start()
+    assert ended.wait(10)
+    assert time.monotonic() - began >= 0.5
+    assert done == ["once", "last", "put off"]
+    assert "as jobs may" in caplog.text
+    later.after(60, lambda: done.append("too late"), "waits")
+    later.after(0, ended.set)
+    assert later.stop()[0] == ["waits"]
+    assert later.stopping
