@@ -40,7 +40,9 @@ SETTLE_S = 2.0
 """How long after its last loss a cube is looked at again."""
 RETRY_S = 30.0
 FLUSH_S = 5.0
-"""After so long, at most, a version is on the disk for good."""
+"""After so long a version is flushed to the disk for good."""
+LAST_FLUSH_S = 4.0
+"""How long the end of a mount waits for that. Where it takes longer, the mark stays."""
 
 _KNOWN = 2048
 _LOCKS = 64
@@ -72,6 +74,7 @@ class Historian:
         self._locks = [threading.RLock() for _ in range(_LOCKS)]
         self._written = 0  # bytes, since the budget was last looked at
         self._ended = False
+        self._flushing: threading.Thread | None = None
         self._upkeep = Upkeep(self)
 
     def start(self) -> None:
@@ -96,12 +99,17 @@ class Historian:
         for path, cube_id in (key for key in waiting if isinstance(key, tuple)):
             undone |= not self.settle(path, cube_id)
         self._ended = True
-        try:
-            syscalls.syncfs(self.store.fd)
-            if not undone and not self.broken_off:
+        if self._is_flushing():
+            undone = True  # that began before the last version was made
+        else:
+            self._flush()
+            deadline = time.monotonic() + LAST_FLUSH_S
+            while self._is_flushing() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            undone |= self._is_flushing()
+        if not undone and not self.broken_off:
+            with contextlib.suppress(OSError):
                 versions_make.unmark(self.store)
-        except OSError as e:
-            log.warning("versions: %s", e)
 
     def newest(self, cube_id: str) -> Version | None:
         """A cube's last version; None where there is none, or none that may be read."""
@@ -271,9 +279,23 @@ class Historian:
             self.forget(new)
 
     def _flush(self) -> None:
+        """Has the disk flushed, in a thread of its own: where others write much, it takes long."""
+        if self._is_flushing():
+            self._after(FLUSH_S, self._flush, "flush")
+            return
+        self._flushing = threading.Thread(target=self._sync, name="flush", daemon=True)
+        self._flushing.start()
+
+    def _is_flushing(self) -> bool:
+        return self._flushing is not None and self._flushing.is_alive()
+
+    def _sync(self) -> None:
         began = time.time()
-        syscalls.syncfs(self.store.fd)
-        versions_make.mark_flushed(self.store, began)
+        try:
+            syscalls.syncfs(self.store.fd)
+            versions_make.mark_flushed(self.store, began)
+        except OSError as e:
+            log.warning("versions may not be on the disk: %s", e)
 
     def _settle_later(self, path: str, cube_id: str, seconds: float = SETTLE_S) -> None:
         key = (path, cube_id)
