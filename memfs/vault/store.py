@@ -22,6 +22,10 @@ from memfs.vault.beneath import OFFERED, open_beneath
 HIDDEN_DIR = f"{layout.CONTROL}/unlinked"
 """Where files stay that were unlinked while open; emptied at every mount."""
 
+_NO_CONTROL = frozenset(
+    {errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+)
+"""Why there may be no control directory, and none to be made."""
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _STEP = os.O_PATH | _DIRECTORY
 """A directory passed through needs the right to search it, not to read it."""
@@ -250,7 +254,7 @@ def _control(fd: int, root: Path, *, create: bool) -> bool:
             _make_control(fd, os.fstat(fd))
         found = os.stat(layout.CONTROL, dir_fd=fd, follow_symlinks=False)
     except OSError as e:
-        if e.errno in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+        if e.errno in _NO_CONTROL:
             return False
         raise
     if not stat.S_ISDIR(found.st_mode):

@@ -24,14 +24,14 @@ def config(tiny_model_dir: Path) -> Iterator[Config]:
 
 def test_the_mount_is_killed(tmp_path: Path, config: Config) -> None:
     with campaign(tmp_path, config, what="mount", seed=1) as running:
-        for _ in range(20):
+        for _ in range(15):
             running.round()
         assert running.tally["done"] > 100
 
 
 def test_the_runtime_is_killed_too(tmp_path: Path, config: Config) -> None:
     with campaign(tmp_path, config, what="both", seed=2) as running:
-        for _ in range(4):
+        for _ in range(3):
             running.round()
 
 

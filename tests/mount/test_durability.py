@@ -19,7 +19,8 @@ from typing import NamedTuple
 import pytest
 
 from memfs.config import Config
-from memfs.runtime.client import RuntimeClient
+from memfs.errors import RuntimeUnavailable
+from memfs.runtime.client import RuntimeClient, connect
 from memfs.runtime.protocol import socket_path
 
 from .conftest import Mount, has_ended, mounted_at, until
@@ -220,6 +221,81 @@ def test_a_made_kv_cache_is_flushed_before_it_is_put_in_place(
         with traced(pid, tmp_path) as calls:
             kv(cube).read_bytes()
         require_order(calls(), kv(mount.store / "law"))
+
+
+@contextlib.contextmanager
+def killed_at(pid: int, call: str, tmp_path: Path) -> Iterator[None]:
+    """Within it a process is killed as it enters a system call."""
+    said = tmp_path / "strace.said"
+    inject = f"inject={call}:signal=SIGKILL"
+    command = ["strace", "-f", "-p", str(pid), "-e", f"trace={call}", "-e", inject]
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen([*command, "-o", os.devnull], stderr=stderr) as tracer,
+    ):
+        until(lambda: "attached" in said.read_text(), 30)
+        yield
+        until(lambda: has_ended(pid), 30)
+        tracer.wait(10)
+
+
+@needs_strace
+@pytest.mark.parametrize(("call", "old"), [("fsync", None), ("renameat", "The old text.\n")])
+def test_a_runtime_killed_as_it_publishes_leaves_the_old_file_or_none(
+    tmp_path: Path, config: Config, environment: dict[str, str], call: str, old: str | None
+) -> None:
+    with connect(config, start=True) as client, mounted_at(tmp_path, **environment) as mount:
+        client.call("ready", timeout=120)
+        cube = mount.cube("law", old or "The new text.\n")
+        before = kv(cube).read_bytes() if old else None
+        named = {"store": str(mount.store), "path": "law"}
+        if old:
+            (cube / "payload.md").write_text("The new text.\n")
+        pid = int(socket_path(config).with_suffix(".pid").read_text())
+        with killed_at(pid, call, tmp_path), pytest.raises(RuntimeUnavailable):
+            client.call("encode", timeout=60, **named)
+        real = kv(mount.store / "law")
+        assert (real.read_bytes() if real.exists() else None) == before
+        with connect(config, start=True) as again:
+            again.call("encode", timeout=120, **named)
+        assert real.exists()
+        assert real.read_bytes() != before
+
+
+@needs_strace
+@pytest.mark.parametrize("call", ["fsync", "renameat"])
+@pytest.mark.parametrize("name", ["meta.json", "kv.safetensors"])
+def test_a_mount_killed_as_it_publishes_leaves_the_old_file(
+    tmp_path: Path, name: str, call: str
+) -> None:
+    with mounted_at(tmp_path) as mount:
+        path = mount.cube("law") / name
+        if name == "meta.json":
+            until(mount.has_index)
+            new = json.dumps(mount.meta("law") | {"mine": True}).encode()
+        else:
+            path.write_bytes(kv_file(b"old"))
+            new = kv_file(b"new")
+        before = (mount.store / "law" / name).read_bytes()
+        with killed_at(mount.pid, call, tmp_path), pytest.raises(OSError, match=r"connect|abort"):
+            path.write_bytes(new)
+        assert (mount.store / "law" / name).read_bytes() == before
+        mount.start()
+        until(lambda: not list(mount.store.rglob(".memfs-tmp-*")))
+        path.write_bytes(new)
+
+
+def test_a_mount_that_is_killed_is_mounted_again_at_once(tmp_path: Path) -> None:
+    """By the next command, while the old one's connection may not even be aborted yet."""
+    with mounted_at(tmp_path) as mount:
+        mount.cube("law", "The law.\n")
+        for _ in range(4):
+            with (mount.dir / "law/payload.md").open() as held:
+                os.kill(mount.pid, signal.SIGKILL)
+                mount.start()
+                assert (mount.dir / "law/payload.md").read_text() == "The law.\n"
+                with pytest.raises(OSError, match=r"not connected|abort"):
+                    held.read()
 
 
 @needs_strace

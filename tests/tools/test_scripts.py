@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.mark.parametrize("name", ["tools/quickstart", "tools/test", "tools/lib.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["tools/quickstart", "tools/test", "tools/crash", "tools/lib.sh", ".ci/run"]
+)
 def test_the_scripts_are_bash(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / name], check=True)
     assert name.endswith(".sh") or os.access(ROOT / name, os.X_OK)
