@@ -103,6 +103,8 @@ def serve(
     if _THREADS_STAY:
         threads = str(2 * WAITERS)
         options = {"max_threads": threads, "max_idle_threads": threads, **options}
+    if "noatime" in options:
+        tree.passthrough.decline("the kernel would set access times in the store (noatime)")
     callbacks = _Callbacks(tree, started, ended)
     try:
         _Session(
@@ -162,7 +164,7 @@ class _Callbacks(mfusepy.Operations):
             mfusepy.fuse_exit()
 
     def _ask_for_passthrough(self, connection: Any) -> None:
-        reason = libfuse.no_passthrough(_VERSION)
+        reason = self.tree.passthrough.reason or libfuse.no_passthrough(_VERSION)
         if not reason and not connection.capable_ext & _PASSTHROUGH:
             reason = "this kernel was built without it"
         if reason:
@@ -211,14 +213,14 @@ class _Callbacks(mfusepy.Operations):
         self._opened(self.tree.opening.create(path[1:], mode, fi.flags), fi)
 
     def _opened(self, handle: Handle, fi: Any) -> None:
-        fi.fh = self._handles.add(handle)
+        fi.fh, passed = self._handles.add(handle)
         fi.direct_io = handle.direct_io
         fi.keep_cache = handle.keep_cache
         if _VERSION >= (3, 11):
             fi.noflush = handle.noflush
-        if handle.passed is not None:
+        if passed is not None:
             backing_id = ctypes.c_int32.from_address(ctypes.addressof(fi) + _BACKING_ID)
-            backing_id.value = handle.passed.number
+            backing_id.value = passed.number
 
     def flush(self, path: str | None, fi: Any) -> None:
         handle = self._handles.get(fi.fh)
@@ -237,7 +239,7 @@ class _Callbacks(mfusepy.Operations):
         self._handles.get(fi.fh).fallocate(mode, offset, size)
 
     def opendir(self, path: str) -> int:
-        return self._handles.add(self.tree.opening.open_directory(path[1:]))
+        return self._handles.add(self.tree.opening.open_directory(path[1:]))[0]
 
     def readdir(self, path: str | None, fh: int) -> Iterator[tuple[str, dict[str, int], int]]:
         for name, kind, ino in self.tree.entries(self._handles.get(fh)):

@@ -15,7 +15,16 @@ import threading
 
 from memfs.filesystem.handles import Handle
 from memfs.filesystem.modes import Modes
-from memfs.filesystem.passthrough import Passthrough
+from memfs.filesystem.passthrough import Passed, Passthrough
+
+
+class _Open:
+    """One open of a file: several share a handle (see ``staged``), and each was told of alone."""
+
+    def __init__(self, handle: Handle, node: str | None) -> None:
+        self.handle = handle
+        self.node = node
+        self.passed: Passed | None = None
 
 
 class HandleTable:
@@ -25,66 +34,73 @@ class HandleTable:
         self.passthrough = Passthrough()
         self._modes = Modes(self.passthrough)
         self._lock = threading.Lock()
-        self._handles: dict[int, Handle] = {}
-        self._nodes: dict[str, list[Handle]] = {}
+        self._opens: dict[int, _Open] = {}
+        self._nodes: dict[str, list[_Open]] = {}
         self._numbers = itertools.count(1)
 
-    def add(self, handle: Handle) -> int:
-        """The number of a newly opened file, whose mode is settled now."""
+    def add(self, handle: Handle) -> tuple[int, Passed | None]:
+        """The number of a newly opened file, and what the kernel is to read instead of asking.
+
+        How the file is read is settled now.
+        """
         number = next(self._numbers)
+        opened = _Open(handle, handle.path)
         with self._lock:
-            if handle.path is not None:
-                handle.node = handle.path
-                others = self._nodes.setdefault(handle.node, [])
-                self._modes.admit(handle, handle.node, others)
-                others.append(handle)
-            self._handles[number] = handle
-        return number
+            if opened.node is not None:
+                there = self._nodes.setdefault(opened.node, [])
+                held = next((other.passed for other in there if other.passed is not None), None)
+                others = [other.handle for other in there if other.handle is not handle]
+                opened.passed = self._modes.admit(handle, opened.node, others, held)
+                there.append(opened)
+            self._opens[number] = opened
+        return number, opened.passed
 
     def get(self, number: int) -> Handle:
         """The open file with a number that FUSE gave."""
         try:
-            return self._handles[number]
+            return self._opens[number].handle
         except KeyError:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
 
     def remove(self, number: int) -> Handle | None:
         """Takes a file that was closed for good out of the table."""
         with self._lock:
-            handle = self._handles.pop(number, None)
-            if handle is not None:
-                self._leave(handle)
-                self._modes.dismiss(handle)
-        return handle
+            opened = self._opens.pop(number, None)
+            if opened is None:
+                return None
+            self._leave(opened)
+            self._modes.dismiss(opened.handle, opened.node, opened.passed)
+        return opened.handle
 
     def is_written(self, cube: str) -> bool:
         """Whether a file of a cube is open for writing."""
         below = cube + "/"
         return any(
             handle.writes and handle.path is not None and handle.path.startswith(below)
-            for handle in list(self._handles.values())
+            for handle in self._all()
         )
 
     def freeze(self, cube: str, *, frozen: bool) -> None:
         """Tells every open file in a cube that it takes no writes any more, or does again."""
         below = cube + "/"
-        for handle in list(self._handles.values()):
+        for handle in self._all():
             if handle.path is not None and handle.path.startswith(below):
                 handle.frozen = frozen
 
     def on(self, path: str) -> list[Handle]:
         """The open files at a path."""
         with self._lock:
-            return [handle for handle in self._nodes.get(path, ()) if handle.path == path]
+            found = {id(o.handle): o.handle for o in self._nodes.get(path, ())}
+        return [handle for handle in found.values() if handle.path == path]
 
     def moved(self, old: str, new: str) -> None:
         """Tells every open file that ``old`` is now at ``new``."""
         with self._lock:
             below = old + "/"
-            nodes = [node for node in self._nodes if node == old or node.startswith(below)]
-            for handle in [handle for node in nodes for handle in self._nodes[node]]:
-                self._enter(handle, new + handle.node[len(old) :])
-        for handle in list(self._handles.values()):
+            for node in [n for n in self._nodes if n == old or n.startswith(below)]:
+                for opened in list(self._nodes[node]):
+                    self._enter(opened, new + node[len(old) :])
+        for handle in self._all():
             handle.moved(old, new)
 
     def unlinked(self, path: str, hidden: str | None = None) -> None:
@@ -93,21 +109,26 @@ class HandleTable:
         Args:
             hidden: the path that FUSE goes on to know them by, if it knows that they are open.
         """
-        for handle in self.on(path):
-            if hidden is not None:
-                with self._lock:
-                    self._enter(handle, hidden)
+        gone = self.on(path)
+        if hidden is not None:
+            with self._lock:
+                for opened in list(self._nodes.get(path, ())):
+                    self._enter(opened, hidden)
+        for handle in gone:
             handle.unlinked(hidden)
 
-    def _enter(self, handle: Handle, node: str) -> None:
-        """The node of an open file has another path. Under the lock."""
-        self._leave(handle)
-        handle.node = node
-        self._nodes.setdefault(node, []).append(handle)
+    def _all(self) -> list[Handle]:
+        return list({id(o.handle): o.handle for o in list(self._opens.values())}.values())
 
-    def _leave(self, handle: Handle) -> None:
-        there = self._nodes.get(handle.node)
-        if there is not None and handle in there:
-            there.remove(handle)
-            if not there:
-                del self._nodes[handle.node]
+    def _enter(self, opened: _Open, node: str) -> None:
+        """The node of an open file has another path. Under the lock."""
+        self._leave(opened)
+        opened.node = node
+        self._nodes.setdefault(node, []).append(opened)
+
+    def _leave(self, opened: _Open) -> None:
+        there = self._nodes.get(opened.node) if opened.node is not None else None
+        if there is not None and opened in there:
+            there.remove(opened)
+            if not there and opened.node is not None:
+                del self._nodes[opened.node]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from memfs.filesystem import syscalls
 from memfs.filesystem.attributes import Status
 from memfs.filesystem.backing import Backing
-from memfs.filesystem.passthrough import Passed
 
 
 class Handle:
@@ -32,8 +31,6 @@ class Handle:
     """Whether nobody needs to hear of a descriptor that is closed."""
     passes = False
     """Whether the kernel may read it from the store by itself: nobody needs to see the reads."""
-    passed: Passed | None = None
-    """What the kernel was told to read instead of asking us, unless ``direct_io`` is set too."""
     file: tuple[int, int] | None = None
     """Device and inode of the file in the store, where that is the same all the while."""
     refused = False
@@ -43,8 +40,6 @@ class Handle:
 
     def __init__(self, path: str | None) -> None:
         self.path = path
-        self.node = path or ""
-        """The path that FUSE knows it by; kept by the table of open files."""
 
     def read(self, buffer: memoryview, offset: int) -> int:
         """Fills the buffer from the file's bytes at ``offset``; how many there were."""

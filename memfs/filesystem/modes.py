@@ -20,7 +20,7 @@ import os
 from collections.abc import Collection
 
 from memfs.filesystem.handles import Handle, OpenFile
-from memfs.filesystem.passthrough import Passthrough
+from memfs.filesystem.passthrough import Passed, Passthrough
 from memfs.vault.sig import Sig, settled_sig, sig_of
 
 _KEPT = 4096
@@ -34,37 +34,39 @@ class Modes:
         self._cached: dict[str, Sig] = {}
         """The file that the kernel's pages of a node are from, as it was when it was opened."""
 
-    def admit(self, handle: Handle, node: str, others: Collection[Handle]) -> None:
-        """Settles how a file is read that is being opened.
+    def admit(
+        self, handle: Handle, node: str, others: Collection[Handle], held: Passed | None
+    ) -> Passed | None:
+        """Settles how a file is read that is being opened; what is passed through for it, if any.
 
         Args:
             others: who has the node open.
+            held: what is passed through to them.
         """
         fd = handle.fd if isinstance(handle, OpenFile) else -1
         found = os.fstat(fd) if fd >= 0 else None
         file = (found.st_dev, found.st_ino) if found is not None else None
         handle.file = file
-        held = next((other.passed for other in others if other.passed is not None), None)
         if held is not None:
             held.users += 1
-            handle.passed = held
             handle.direct_io = handle.direct_io or not handle.passes or file != held.file
-        elif found is not None and file is not None and not handle.direct_io:
-            if any(other.file not in (None, file) for other in others):
-                handle.direct_io = True
-                return
-            if handle.passes and not others:
-                handle.passed = self._passthrough.begin(fd, file)
-            if any(other.refused for other in others):
-                self._cached.pop(node, None)
-            elif handle.passed is None:
-                self._cache(handle, node, found)
+            return held
+        if found is None or file is None or handle.direct_io:
+            return None
+        if any(other.file not in (None, file) for other in others):
+            handle.direct_io = True
+            return None
+        passed = self._passthrough.begin(fd, file) if handle.passes and not others else None
+        if any(other.refused for other in others):
+            self._cached.pop(node, None)
+        elif passed is None:
+            self._cache(handle, node, found)
+        return passed
 
-    def dismiss(self, handle: Handle) -> None:
+    def dismiss(self, handle: Handle, node: str | None, passed: Passed | None) -> None:
         """A file was closed for good."""
-        if handle.refused:
-            self._cached.pop(handle.node, None)
-        passed, handle.passed = handle.passed, None
+        if handle.refused and node is not None:
+            self._cached.pop(node, None)
         if passed is not None:
             passed.users -= 1
             if not passed.users:

@@ -35,13 +35,13 @@ class Passthrough:
     """The kernel's end of one mount."""
 
     def __init__(self) -> None:
-        self.reason = "the mount has not begun"
-        """Why nothing is passed through; "" where that is done."""
+        self.reason = ""
+        """Why nothing is passed through; "" where that is done, from the offer on."""
         self._connection = -1
 
     def offer(self, connection: int) -> None:
         """The kernel takes files; ``connection`` is libfuse's descriptor."""
-        self._connection, self.reason = connection, ""
+        self._connection = connection
 
     def decline(self, reason: str) -> None:
         """It takes none, or no more."""
@@ -49,7 +49,7 @@ class Passthrough:
 
     def begin(self, fd: int, file: tuple[int, int]) -> Passed | None:
         """Has a file that is open here passed through; None where that is not to be had."""
-        if self.reason:
+        if self.reason or self._connection < 0:
             return None
         try:
             backing = bytearray(_MAP.pack(fd, 0, 0))  # or Python would not give us the number
