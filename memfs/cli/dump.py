@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from memfs.cli import output, targets
-from memfs.errors import InvalidRequest
+from memfs.cube import layout
+from memfs.cube.access import Caller
+from memfs.errors import InvalidRequest, NotAllowed
+from memfs.operation.governance import Governed, denial, granted_by
 from memfs.vault import signing
 from memfs.vault.archive_dump import Choice, Dump, Source
+from memfs.vault.identity import read_meta
 from memfs.vault.store import Store
 
 HELP = "write cubes into an archive"
@@ -74,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
                 stores[target.store] = stack.enter_context(targets.open_store(target.store))
         progress = stack.enter_context(output.Progress())
         sources = [Source(stores[target.store], target.path) for target in named]
+        for source in sources:
+            _require_share(source)
         dump = Dump(sources, choice, lambda done: progress.update(f"{output.size(done)} read"))
         out = stack.enter_context(_stdout() if to_stdout else _published(Path(args.output)))
         size = dump.write(out, sign)
@@ -93,6 +99,20 @@ def run(args: argparse.Namespace) -> int:
         count = f"{len(dump.cubes)} cubes" if len(dump.cubes) > 1 else "1 cube"
         print(f"{args.output}: {count}, {output.size(size)}")
     return 0
+
+
+def _require_share(source: Source) -> None:
+    """Raises NotAllowed where the cube's access list lets others share it, and not the caller."""
+    caller = Caller.of_process(os.getuid(), os.getgid(), os.getpid())
+    text = layout.join(source.path, layout.PAYLOAD)
+    try:
+        access = read_meta(source.store, source.path).get("governance", {}).get("access", [])
+        owner = source.store.stat(text).st_uid
+    except FileNotFoundError:
+        return  # no header, so no list; or no text: there is nobody whose it is
+    why = denial(caller, "share", Governed(owner, readable=True, granted=granted_by(access)))
+    if why is not None:
+        raise NotAllowed(f"{source.path}: {why}")
 
 
 def _said(cube: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 from typing import Any
 
+from memfs.cube.access_list import BITS
 from memfs.cube.metadata import Meta, new
 
 TOO_SENSITIVE = frozenset({"confidential", "secret"})
@@ -26,8 +27,8 @@ _SHOWN = {"governance": ("owner", "group", "mode"), "behavioural": ("fingerprint
 def carried(meta: Meta) -> Meta:
     """A header as an archive has it: without what is only found where the cube is.
 
-    The states of the memories depend on the model that is there, owner, group and mode are the
-    files' own, and the contextual fingerprint is the KV cache's.
+    The states of the memories depend on the model that is there; owner, group, mode, and who may
+    read and write are the files' own; and the contextual fingerprint is the KV cache's.
     """
     found = copy.deepcopy(meta)
     for name in ("payload", "kv", "adapter"):
@@ -35,6 +36,12 @@ def carried(meta: Meta) -> Meta:
     for group, names in _SHOWN.items():
         given = found.get(group, {})
         given.update({name: None for name in names if name in given})
+    if "access" in found.get("governance", {}):
+        found["governance"]["access"] = [
+            {**entry, "rights": rights}
+            for entry in found["governance"]["access"]
+            if (rights := [right for right in entry["rights"] if right not in BITS])
+        ]
     return found
 
 

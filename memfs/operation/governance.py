@@ -1,4 +1,5 @@
-"""Who may do what with a cube: the decisions, from what others found out. Pure; any thread.
+"""Who may do what with a cube: the decisions, from what others found out. Pure but for names; any
+thread.
 
 1. ``read`` and ``write`` are the kernel's answer: owner, group, mode, access list.
 2. ``mount`` (into a model, and asking it), ``promote`` (having a KV cache made) and ``share``
@@ -11,12 +12,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memfs.cube.access import Caller
-from memfs.cube.acl import Who
+from memfs.cube.acl import Who, who_of
 
 GRANTED = ("mount", "promote", "share")
 """The rights that memfs decides."""
@@ -42,6 +43,17 @@ class Governed:
     granted: Mapping[str, Grantees] | None = field(default_factory=dict)
     """Whom the access list names for each right that it names; None where the header that says so
     cannot be read."""
+
+
+def granted_by(access: Iterable[Mapping[str, Any]]) -> dict[str, Grantees]:
+    """Whom the access list of a checked header names for each right that it names."""
+    granted: dict[str, set[Who | Context | None]] = {}
+    for entry in access:
+        kind, _, name = entry["who"].partition(":")
+        who = Context(name) if kind == "context" else who_of(entry["who"])
+        for right in entry["rights"]:
+            granted.setdefault(right, set()).add(who)
+    return {right: frozenset(who) for right, who in granted.items()}
 
 
 def denial(caller: Caller, right: str, cube: Governed) -> str | None:

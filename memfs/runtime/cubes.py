@@ -13,7 +13,7 @@ from pathlib import Path
 
 from memfs.cube import layout
 from memfs.cube.access import Caller, allowed
-from memfs.cube.acl import READ, SEARCH, Acl, Who, who_of
+from memfs.cube.acl import READ, SEARCH, Acl
 from memfs.errors import (
     InvalidMetadata,
     InvalidRequest,
@@ -22,7 +22,7 @@ from memfs.errors import (
     NotAllowed,
     NotFound,
 )
-from memfs.operation.governance import Context, Governed, Grantees, denial
+from memfs.operation.governance import Governed, Grantees, denial, granted_by
 from memfs.vault.frozen import Frozen
 from memfs.vault.identity import read_meta
 from memfs.vault.rights import acl_bytes
@@ -128,13 +128,7 @@ class Cube:
             return {}
         except (OSError, InvalidMetadata, NotAllowed):
             return None
-        granted: dict[str, set[Who | Context | None]] = {}
-        for entry in header.get("governance", {}).get("access", []):
-            kind, _, name = entry["who"].partition(":")
-            who = Context(name) if kind == "context" else who_of(entry["who"])
-            for right in entry["rights"]:
-                granted.setdefault(right, set()).add(who)
-        return {right: frozenset(who) for right, who in granted.items()}
+        return granted_by(header.get("governance", {}).get("access", []))
 
     def require_writable(self) -> None:
         """Raises NotAllowed where the cube, or one that it lies in, is frozen."""

@@ -189,6 +189,35 @@ def test_a_dump_that_fails_leaves_what_was_there(store: Path, tmp_path: Path, ru
     assert os.listdir(archive.parent) == ["cube.tar"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_who_may_not_share(store: Path, tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path.parent):
+        directory.chmod(0o755)
+    header = store / "law/meta.json"
+    meta = metadata.parse(header.read_bytes())
+
+    def dump_as(uid: int) -> int:
+        child = os.fork()
+        if not child:
+            try:
+                os.setgroups([])
+                os.setgid(uid)
+                os.setuid(uid)
+                os.environ["XDG_RUNTIME_DIR"] = ""
+                os._exit(cli.main(["dump", str(store / "law"), "-o", "/dev/null"]))
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert dump_as(4321) == 0
+    meta["governance"]["access"] = [{"who": "user:0", "rights": ["share"]}]
+    header.write_bytes(metadata.render(meta))
+    assert (dump_as(4321), dump_as(0)) == (8, 0)
+    meta["governance"]["access"] += [{"who": "user:4321", "rights": ["share"]}]
+    header.write_bytes(metadata.render(meta))
+    assert dump_as(4321) == 0
+
+
 def test_a_device_is_written_as_it_is(store: Path, run: Run) -> None:
     assert run("dump", store / "law", "-o", "/dev/null")[0] == 0
     assert Path("/dev/null").is_char_device()

@@ -249,6 +249,20 @@ def test_what_cannot_be_dumped(store: Store, empty: Store) -> None:
         dumped(store, "law")
 
 
+def test_who_may_read_is_the_files_own(store: Store) -> None:
+    header = store.root / "law/meta.json"
+    meta = metadata.parse(header.read_bytes())
+    entry = {"who": "user:bob", "rights": ["read", "write"]}
+    both = {"who": "group:staff", "rights": ["read", "mount"], "x-why": "kept"}
+    meta["governance"]["access"] = [entry, both]
+    header.write_bytes(metadata.render(meta))
+    with tarfile.open(fileobj=io.BytesIO(dumped(store, "law"))) as opened:
+        file = opened.extractfile("law/meta.json")
+        assert file is not None
+        found = metadata.parse(file.read())
+    assert found["governance"]["access"] == [both | {"rights": ["mount"]}]
+
+
 def test_a_file_that_changes_meanwhile_fails_the_dump(store: Store) -> None:
     for change in (b"Some tixt.\n", b"Some", b"Some text, and more of it.\n"):
         (store.root / "law/payload.md").write_bytes(b"Some text.\n")
