@@ -60,6 +60,8 @@ _CREATORS = frozenset({"cp", "mv", "install"})
 """Programs that create the files of a copied directory exclusively, by the names the kernel knows.
 """
 
+_LONGEST_PATH = 4096
+
 _TRIES = 500
 _PAUSE = 0.0002
 """The asking thread may be still on its way to sleep: then the kernel calls it running. On a busy
@@ -88,6 +90,19 @@ def opens(pid: int) -> int | None:
     """
     words = _system_call(pid)
     return None if words is None else _open_flags(pid, words)
+
+
+def names(pid: int, name: str) -> bool:
+    """Whether a path that the thread gave its system call ends in ``name``.
+
+    False where that may not be known.
+    """
+    words = _system_call(pid) or []
+    for address in (int(word, 16) for word in words[1:6]):
+        path, _, _ = _memory(pid, address, _LONGEST_PATH).partition(b"\0")
+        if path.rpartition(b"/")[2] == os.fsencode(name):
+            return True
+    return False
 
 
 def likely_creates(pid: int) -> bool:
@@ -137,12 +152,17 @@ def _open_flags(pid: int, words: list[bytes]) -> int | None:
 
 def _pointed_at(pid: int, address: int) -> int:
     """The flags of ``openat2``: the first 64 bits of a struct in the caller's memory."""
+    raw = _memory(pid, address, 8)
+    return int(struct.unpack("=Q", raw)[0]) if len(raw) == 8 else 0
+
+
+def _memory(pid: int, address: int, size: int) -> bytes:
+    """What a thread has in its memory; nothing where there is none, or it may not be known."""
     try:
         fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            raw = os.pread(fd, 8, address)
+            return os.pread(fd, size, address)
         finally:
             os.close(fd)
-    except OSError:
-        return 0
-    return int(struct.unpack("=Q", raw)[0]) if len(raw) == 8 else 0
+    except (OSError, OverflowError):  # an argument that is no address may be any number
+        return b""

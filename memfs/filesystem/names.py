@@ -16,7 +16,7 @@ from memfs.cube.layout import Role
 from memfs.errors import InvalidMetadata
 from memfs.filesystem.backing import Backing, is_hidden
 from memfs.filesystem.catalogue import Catalogue
-from memfs.filesystem.context import Context
+from memfs.filesystem.context import Context, names
 from memfs.filesystem.guard import Guard
 from memfs.filesystem.handle_table import HandleTable
 from memfs.filesystem.header import Headers
@@ -107,7 +107,7 @@ class Names:
 
     def rename(self, old: str, new: str, flags: int) -> None:
         """Renames; ``flags`` are the kernel's RENAME_*."""
-        if is_hidden(new):
+        if is_hidden(new) and not names(self._context().pid, layout.split(new)[1]):
             self._hide(old, new)
             return
         self._require(old, new)

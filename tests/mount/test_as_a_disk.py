@@ -146,3 +146,16 @@ def test_a_list_given_by_who_is_not_in_the_group_takes_the_setgid_bit(open_place
         command = ["setfacl", "-m", f"u:{group}:rwx", file]
         subprocess.run(command, check=True, user=1234, group=2345, extra_groups=[])
         assert stat.S_IMODE(file.stat().st_mode) == mode
+
+
+def test_a_file_that_is_really_called_so_is_not_taken_for_an_unlinked_one(place: Path) -> None:
+    """rsync copies what another FUSE mount has left, and renames it when it is hardly closed."""
+    name = ".fuse_hidden0123456789abcdef"
+    with (place / "file").open("w") as opened:
+        opened.write("kept")
+        os.rename(place / "file", place / name)
+    assert os.listdir(place) == [name]
+    with (place / name).open() as opened:
+        os.unlink(place / name)
+        assert os.listdir(place) == []
+        assert opened.read() == "kept"
