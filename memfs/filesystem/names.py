@@ -208,6 +208,7 @@ class Names:
             self._handles.moved(before, after)
 
     def _goes(self, path: str) -> None:
+        """Where a header goes, its program may be about to write another."""
         role, cube = layout.classify(path)
         if role is Role.META:
             self._headers.taken_away(cube, self._context())

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,9 @@ from .conftest import Mount, memfs, mounted_at, until
 
 TEXT = "First line.\nSecond line, with ünïcödé.\n"
 OTHER = TEXT.replace("First", "Changed")
+
+SOON = 5.0
+"""Seconds for what is to come to an end by itself."""
 
 
 class Pair(NamedTuple):
@@ -65,18 +69,21 @@ class Desk:
         self.require_alike(pair)
 
     def require_alike(self, pair: Pair) -> None:
-        """The directories look the same, soon: emacs says that it has saved, and then tidies."""
-        with contextlib.suppress(AssertionError):
-            until(lambda: look(pair.cube) == look(pair.native), 5.0)
-        assert look(pair.cube) == look(pair.native)
-        left = os.listdir(self.mount.store / pair.name)
-        assert not [name for name in left if name.startswith(".memfs")]
+        """The directories look the same, soon: an editor says that it has saved, then tidies."""
+        deadline = time.monotonic() + SOON
+        found, wanted = look(pair.cube), look(pair.native)
+        while found != wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+            found, wanted = look(pair.cube), look(pair.native)
+        assert found == wanted
+        store = self.mount.store / pair.name
+        until(lambda: not any(name.startswith(".memfs") for name in os.listdir(store)))
 
     def require(self, name: str, text: str, kv: str) -> None:
         """The cube has this text, the KV cache is in this state, and all else is as it was."""
         payload = self.mount.dir / name / "payload.md"
         with contextlib.suppress(AssertionError):
-            until(lambda: payload.read_text() == text, 5.0)
+            until(lambda: _reads(payload, text), SOON)
         assert payload.read_text() == text
         assert (self.mount.store / name / "payload.md").read_text() == text
         meta = self.mount.meta(name)
@@ -99,6 +106,13 @@ class Desk:
         events = map(json.loads, (control / "events").read_text().splitlines())
         event = [event for event in events if event["event"] == "refused"][-1]
         assert (event["path"], event["reason"]) == (name, refusal["reason"])
+
+
+def _reads(file: Path, text: str) -> bool:
+    try:
+        return file.read_text() == text
+    except FileNotFoundError:
+        return False  # an editor has renamed it away, and is about to write another
 
 
 def look(directory: Path) -> dict[str, tuple[object, ...]]:

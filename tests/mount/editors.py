@@ -86,6 +86,7 @@ class Vim(Editor):
     def replace(self, old: str, new: str) -> None:
         self.order(f":%s/{old}/{new}/ | redraw!")
         self.terminal.wait_gone(":%s")
+        assert "E486" not in self.terminal.screen(), "the text is not there"
 
     def ask_to_save(self) -> None:
         self.order(":w")

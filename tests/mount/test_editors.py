@@ -79,7 +79,11 @@ class Opened:
             editor.replace(old, new)
 
     def save(self) -> None:
-        self._desk.both(lambda there: self._editors[there].save(), self._pair)
+        try:
+            self._desk.both(lambda there: self._editors[there].save(), self._pair)
+        except AssertionError as e:
+            e.add_note(self.on_mount.terminal.screen() + self.on_disk.terminal.screen())
+            raise
 
     def quit(self) -> None:
         self._desk.both(lambda there: self._editors[there].quit(), self._pair)
