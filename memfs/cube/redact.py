@@ -28,7 +28,8 @@ def carried(meta: Meta) -> Meta:
     """A header as an archive has it: without what is only found where the cube is.
 
     The states of the memories depend on the model that is there; owner, group, mode, and who may
-    read and write are the files' own; and the contextual fingerprint is the KV cache's.
+    read and write are the files' own; the contextual fingerprint is the KV cache's; versions stay
+    in their store.
     """
     found = copy.deepcopy(meta)
     for name in ("payload", "kv", "adapter"):
@@ -36,6 +37,8 @@ def carried(meta: Meta) -> Meta:
     for group, names in _SHOWN.items():
         given = found.get(group, {})
         given.update({name: None for name in names if name in given})
+    if "versions" in found.get("behavioural", {}):
+        found["behavioural"]["versions"] = []
     if "access" in found.get("governance", {}):
         found["governance"]["access"] = [
             {**entry, "rights": rights}

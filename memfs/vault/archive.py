@@ -48,7 +48,7 @@ MAX_PATH = 2048
 MAX_TIME_NS = 1 << 63
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_RESERVED = frozenset({layout.CONTROL, ".versions"})
+_RESERVED = frozenset({layout.CONTROL, layout.VERSIONS})
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def test_a_dump_mounts_counts_and_makes_nothing(mount: Mount, cube: Path, tmp_pa
 def test_mounted_or_not_it_is_the_same_file(
     mount: Mount, cube: Path, archive: Path, tmp_path: Path
 ) -> None:
+    (cube / "payload.md").write_text("Another.\n")
+    (cube / "payload.md").write_text(TEXT)  # it has versions now
     with open(cube / "kv.safetensors", "rb") as file:
         file.read()  # counted: in the index, and in the header that is shown
     memfs("dump", cube, "-o", archive)
@@ -103,6 +105,9 @@ def test_one_that_is_replaced(mount: Mount, cube: Path, archive: Path) -> None:
     assert mount.meta("work/law")["descriptive"] == old
     assert mount.meta("work/law")["state"]["kv"]["state"] == "unchecked"
     assert sorted(os.listdir(mount.store / "work")) == ["law"]
+    versions = sorted(os.listdir(cube / ".versions"))
+    assert (cube / ".versions" / versions[-2] / "payload.md").read_text() == "Another text.\n"
+    assert (cube / ".versions" / versions[-1] / "payload.md").read_text() == TEXT
     assert mount.status()["index"]["cubes"] == 1
 
 
@@ -179,14 +184,14 @@ def test_killed_at_any_moment_a_load_leaves_whole_cubes_or_none(
     memfs("load", archive, mount.dir / "to")
     took = time.monotonic() - began
     seen = set()
-    for step in range(8):
+    for step in range(5):
         target = mount.dir / f"to{step}"
         target.mkdir()
         with subprocess.Popen(
             [sys.executable, "-m", "memfs.cli.main", "load", archive, target],
             stdout=subprocess.DEVNULL,
         ) as load:
-            time.sleep(took * (0.4 + 0.08 * step))
+            time.sleep(took * (0.4 + 0.13 * step))
             load.send_signal(signal.SIGKILL)
         there = sorted((target / "cubes").iterdir()) if (target / "cubes").exists() else []
         seen.add(len(there))
