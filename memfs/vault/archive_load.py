@@ -58,8 +58,9 @@ def plan(
     Raises:
         InvalidRequest: a name is taken, or there are several cubes and one name.
         NotFound: there is no such collection.
-        NotAllowed: what would be replaced is frozen, or no cube, or has others in it.
-        OSError: there is no room, or something on the way is not a directory.
+        NotAllowed: what would be replaced is frozen, or no cube, or has others in it; or something
+            on the way is not a directory.
+        OSError: there is no room.
     """
     if name is not None:
         if len(cubes) != 1:
