@@ -271,5 +271,8 @@ def campaign(root: Path, config: Config, *, what: str, seed: int) -> Iterator[Ca
     try:
         yield running
         running.finish()
+    except Violation as e:
+        e.add_note(log_path(str(root / "mem")).read_text()[-4000:])
+        raise
     finally:
         running.close()

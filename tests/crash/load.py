@@ -16,6 +16,7 @@ import random
 import select
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -241,7 +242,7 @@ def main() -> None:
             sys.stdin.readline()
         except OSError as e:
             if e.errno not in GONE:
-                load.report(event="error", what=f"{role}: {e!r}")
+                load.report(event="error", what=f"{role}: {traceback.format_exc()}")
             with suppress(OSError):
                 sys.stdin.readline()
         load.report(event="down")
