@@ -16,6 +16,7 @@ import random
 import select
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -242,7 +243,8 @@ def main() -> None:
             sys.stdin.readline()
         except OSError as e:
             if e.errno not in GONE:
-                load.report(event="error", what=f"{role}: {traceback.format_exc()}")
+                what = f"{role}: {traceback.format_exc()}"
+                load.report(event="error", what=what, errno=e.errno, at=time.time())
             with suppress(OSError):
                 sys.stdin.readline()
         load.report(event="down")
