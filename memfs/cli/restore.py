@@ -10,7 +10,7 @@ import time
 from memfs.cli import histories, output
 from memfs.cli.histories import History
 from memfs.config import Config
-from memfs.errors import InvalidRequest, MemfsError
+from memfs.errors import InvalidRequest, MemfsError, NotAllowed
 from memfs.vault import versions, versions_make, versions_restore
 from memfs.vault.frozen import Frozen
 from memfs.vault.lock import lock
@@ -55,14 +55,15 @@ def run(args: argparse.Namespace) -> int:
     wanted = args.version or args.at
     with histories.opened(args.cube) as history, contextlib.ExitStack() as stack:
         version = history.version(wanted) if wanted else history.before_now()
-        if history.mounted:
-            if history.lives:
-                _require_kept(args.cube)
-        else:
-            store = history.store
+        store = history.store
+        if not history.mounted:
             stack.enter_context(lock(store, f"is restored into by process {os.getpid()}"))
-            Frozen(store).require(history.path)
+        if Frozen(store).over(history.path) is not None:
+            raise NotAllowed(f"{history.path} is frozen")
+        if not history.mounted:
             _record(history)
+        elif history.lives:
+            _require_kept(args.cube)
         names = versions_restore.restore(
             history.store, history.place(version), version, history.path
         )

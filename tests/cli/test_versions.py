@@ -185,8 +185,8 @@ def test_a_frozen_cube_is_not_restored(cube: Path, run: Run) -> None:
     meta["state"]["frozen"] = True
     (cube / "meta.json").write_text(json.dumps(meta))
     status, _, err = run("restore", cube)
-    assert status == 1
-    assert "not permitted" in err.lower()
+    assert status == 8
+    assert "is frozen" in err
     assert (cube / "payload.md").read_text() == "two\nsame\n"
     assert sorted(os.listdir(cube)) == ["meta.json", "payload.md"]
 
@@ -313,5 +313,5 @@ def test_a_store_that_is_not_mounted(tmp_path: Path, run: Run) -> None:
         (store / "law/meta.json").write_text(json.dumps(meta))
     finally:
         command("umount", mem)
-    assert run("restore", store / "law")[0] == 1
+    assert run("restore", store / "law")[0] == 8
     assert (store / "law/payload.md").read_text() == "one\n"
