@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ..conftest import needs
-from .conftest import mounted_at, needs_root
+from .conftest import memfs, mounted_at, needs_root
 from .test_posix import as_user, open_place
 
 __all__ = ["open_place"]  # a fixture
@@ -159,3 +159,29 @@ def test_a_file_that_is_really_called_so_is_not_taken_for_an_unlinked_one(place:
         os.unlink(place / name)
         assert os.listdir(place) == []
         assert opened.read() == "kept"
+
+
+def test_a_second_mount_of_a_store_is_refused(tmp_path: Path) -> None:
+    """Under whatever name; two mounts would not know of each other's open files and locks."""
+    with mounted_at(tmp_path) as mount:
+        (mount.dir / "file").write_text("x")
+        (tmp_path / "way").symlink_to(mount.store)
+        for store in (mount.store, tmp_path / "way"):
+            refused = memfs("mount", store, tmp_path / "second", check=False)
+            assert refused.returncode != 0
+            assert f"is mounted at {mount.dir}" in refused.stderr
+            assert not os.path.ismount(tmp_path / "second")
+        assert (mount.dir / "file").read_text() == "x"
+    with mounted_at(tmp_path) as mount:  # once the first is gone, at once
+        assert (mount.dir / "file").read_text() == "x"
+
+
+@needs_root
+def test_devices_and_setuid_programs_work_where_root_wants_them(tmp_path: Path) -> None:
+    with mounted_at(tmp_path) as mount:
+        os.mknod(mount.dir / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        with pytest.raises(PermissionError):
+            (mount.dir / "null").read_bytes()
+    with mounted_at(tmp_path, "-o", "dev,suid") as mount:
+        assert (mount.dir / "null").read_bytes() == b""
+        assert not os.statvfs(mount.dir).f_flag & (os.ST_NOSUID | os.ST_NODEV)
