@@ -100,3 +100,16 @@ def test_each_package_for_the_tests_is_named_once() -> None:
     packages = [entry.partition(":")[0] for entry in entries]
     assert packages == sorted(set(packages))
     assert all(re.fullmatch(r"[a-z0-9.+-]+:[\w./-]+", entry) for entry in entries)
+
+
+def test_conformance_says_what_it_can_run_and_refuses_anything_else() -> None:
+    listed = subprocess.run(
+        [ROOT / "tools/conformance", "--list"], check=True, capture_output=True, text=True
+    ).stdout
+    suites = {line.split()[0] for line in listed.splitlines()}
+    assert suites == {"fio", "stress-ng", "cpython", "pyfilesystem", "loads", "model"}
+    refused = subprocess.run(
+        [ROOT / "tools/conformance", "missing"], check=False, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "there is no suite missing" in refused.stderr
