@@ -3,7 +3,8 @@
 A round: the load writes for a moment, something is killed with SIGKILL, the store is mounted again
 by the command that anybody would use, every file is compared with what was promised of it, and
 ``memfs fsck`` is asked: before the new mount or after a clean end (what it finds it must mend, and
-then find nothing), or of the mounted store, where it must find nothing. Used by the tests here and by ``tools/crash``.
+then find nothing), or of the mounted store, where it must find nothing. Used by the tests here and
+by ``tools/crash``.
 """
 
 from __future__ import annotations
