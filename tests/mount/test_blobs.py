@@ -128,12 +128,13 @@ def test_nothing_shows_in_the_store_before_the_close(mount: Mount, cube: Path) -
     assert not (mount.store / "law/kv.safetensors").exists()
     assert (cube / "kv.safetensors").stat().st_size == 1000
     assert "kv.safetensors" in os.listdir(cube)
-    os.fchmod(file.fileno(), 0o600)
+    (cube / "payload.md").chmod(0o640)
+    os.fchmod(file.fileno(), 0o604)  # what it holds is the text: its rights are the text's
     os.utime(file.fileno(), (5, 6))
     file.write(KV[1000:])
     file.close()
     found = (mount.store / "law/kv.safetensors").stat()
-    assert (found.st_mode & 0o777, found.st_size) == (0o600, len(KV))
+    assert (found.st_mode & 0o777, found.st_size) == (0o640, len(KV))
     assert (mount.store / "law/kv.safetensors").read_bytes() == KV
 
 
