@@ -21,7 +21,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from watchdog.events import (
     DirCreatedEvent,
@@ -36,7 +36,7 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers.api import BaseObserver
-from watchdog.observers.inotify import InotifyEmitter
+from watchdog.observers.inotify import InotifyEmitter, InotifyWatchGroup
 from watchdog.observers.inotify_c import (
     CallbackId,
     InotifyConstants,
@@ -287,8 +287,56 @@ class _Notifier(InotifyFD):
             self._on_overflow()  # after watchdog has watched what was made meanwhile
 
 
+class _Group(InotifyWatchGroup):
+    """The watches below the root, found by a walk that follows no symlink: see ``_walk``."""
+
+    def _add_all_callbacks(self, path: bytes) -> None:
+        for directory, _, _ in _walk(path):
+            self._add_callback(directory)
+
+    def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:
+        """Events for what was in a new directory already when its watch began."""
+        events = []
+        made, of_directory = InotifyConstants.IN_CREATE, InotifyConstants.IN_ISDIR
+        for directory, directories, files in _walk(src_path):
+            watch = self._active_callbacks_by_path.get(directory)
+            if watch is not None:
+                events += [
+                    InotifyEvent(watch, Mask(made | of_directory), 0, n) for n in directories
+                ]
+                events += [InotifyEvent(watch, made, 0, name) for name in files]
+        return events
+
+
+def _walk(top: bytes) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
+    """Each directory from ``top`` down with the names of its directories and of all else in it.
+
+    ``os.walk`` asks of each symlink whether a directory is behind it, even where it follows none:
+    the symlink's access time changes, and one that leads into the mount makes the watcher wait.
+    """
+    pending = [top]
+    while pending:
+        path = pending.pop()
+        directories: list[bytes] = []
+        others: list[bytes] = []
+        with contextlib.suppress(OSError), os.scandir(path) as entries:
+            for entry in entries:
+                kind = directories if entry.is_dir(follow_symlinks=False) else others
+                kind.append(entry.name)
+        yield path, directories, others
+        pending += [os.path.join(path, name) for name in directories]
+
+
 class _Emitter(InotifyEmitter):
     """Asks the kernel for the events that are used, and no others."""
+
+    def on_thread_start(self) -> None:
+        self._inotify = _Group(
+            self._inotify_fd,
+            os.fsencode(self.watch.path),
+            is_recursive=True,
+            event_mask=self.get_event_mask_from_filter(),
+        )
 
     def get_event_mask_from_filter(self) -> Mask:
         return _MASK
