@@ -1,4 +1,5 @@
-"""What the kernel knows of a process that asks: its groups, and the context that it runs in.
+"""What the kernel knows of a process: of one that asks its groups, and the context that it runs in;
+of our own its age.
 
 The **calling context** is the unit that a process was started in: the first part of its control
 group's path, from the root, that ends in ``.service`` or ``.scope``. Only root puts processes there
@@ -7,6 +8,9 @@ and takes them out; what a user makes within the part that was handed to them
 """
 
 from __future__ import annotations
+
+import os
+import time
 
 _DAC = 1 << 1 | 1 << 2
 """CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
@@ -65,3 +69,10 @@ def unit_in(text: str) -> str | None:
             if part.endswith(_UNITS) and part not in _UNITS:
                 return part
     return None
+
+
+def age() -> float:
+    """Seconds since this process was started, its imports included."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 from dataclasses import dataclass, fields
+from typing import Any
 
 ATTRIBUTE_SECONDS = 0.02
 """For how long the kernel believes what it was told of a file, where it has it open."""
@@ -58,3 +60,25 @@ def regular(mode: int, ino: int, size: int, seconds: float = 0.0) -> Attributes:
         st_mtime_ns=when,
         st_ctime_ns=when,
     )
+
+
+def fill(buffer: Any, found: Status) -> None:
+    """Writes a status into the ``struct stat`` that a ctypes pointer leads to."""
+    status = buffer.contents
+    ctypes.memset(buffer, 0, ctypes.sizeof(status))
+    status.st_mode = found.st_mode
+    status.st_ino = found.st_ino
+    status.st_nlink = found.st_nlink
+    status.st_uid = found.st_uid
+    status.st_gid = found.st_gid
+    status.st_rdev = found.st_rdev
+    status.st_size = found.st_size
+    status.st_blksize = found.st_blksize
+    status.st_blocks = found.st_blocks
+    for name, nanoseconds in (
+        ("st_atimespec", found.st_atime_ns),
+        ("st_mtimespec", found.st_mtime_ns),
+        ("st_ctimespec", found.st_ctime_ns),
+    ):
+        when = getattr(status, name)
+        when.tv_sec, when.tv_nsec = divmod(nanoseconds, 10**9)

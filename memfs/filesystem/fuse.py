@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 from memfs.errors import MemfsError, MountFailed
 from memfs.filesystem import libfuse
-from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
+from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, fill
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles import Handle
 from memfs.filesystem.staged import Staged
@@ -325,7 +325,7 @@ class _Session(mfusepy.FUSE):
         found = self._tree.open_status(handle) if handle is not None else None
         if found is None:
             found = self._tree.status(self._target(raw, info))
-        _fill(buffer, found)
+        fill(buffer, found)
 
     def read(self, raw: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
         handle = self._tree.handles.get(info.contents.fh)
@@ -379,25 +379,3 @@ def _memory(pointer: Any, size: int) -> memoryview:
     """libfuse's own buffer, to be filled or written from without a copy."""
     address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
-
-
-def _fill(buffer: Any, found: Status) -> None:
-    """A status as C has it."""
-    ctypes.memset(buffer, 0, ctypes.sizeof(mfusepy.c_stat))
-    status = buffer.contents
-    status.st_mode = found.st_mode
-    status.st_ino = found.st_ino
-    status.st_nlink = found.st_nlink
-    status.st_uid = found.st_uid
-    status.st_gid = found.st_gid
-    status.st_rdev = found.st_rdev
-    status.st_size = found.st_size
-    status.st_blksize = found.st_blksize
-    status.st_blocks = found.st_blocks
-    for name, nanoseconds in (
-        ("st_atimespec", found.st_atime_ns),
-        ("st_mtimespec", found.st_mtime_ns),
-        ("st_ctimespec", found.st_ctime_ns),
-    ):
-        when = getattr(status, name)
-        when.tv_sec, when.tv_nsec = divmod(nanoseconds, 10**9)

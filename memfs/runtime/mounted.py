@@ -22,6 +22,7 @@ from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidMetadata, MemfsError, NotAllowed, Refused
 from memfs.runtime import kv_store
+from memfs.runtime.answering import Question
 from memfs.runtime.cubes import Cube, Signature, Text
 from memfs.runtime.kv_cache import KVCache
 from memfs.runtime.residency import Entry, Residency
@@ -115,6 +116,27 @@ class Mounted:
         self._evict_for(cache.nbytes)  # another may have come in while this one was read
         memory = Memory(cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(cube.key, memory, header.tokens)
+
+    def lend(self, question: Question, entries: list[Entry[Memory]]) -> str | None:
+        """Lends an answer a cache to write behind; the key of the cubes placed together.
+
+        Args:
+            entries: the caches that the question's memories are in; the one that is lent of the
+                cubes together is added.
+        """
+        if not entries or len(entries) != len(question.parts):
+            return None
+        if len(entries) == 1:
+            if entries[0].users == 1:
+                question.lone = entries[0].value.cache
+            return None
+        key = "placed\0" + "\0".join(e.value.payload_sha256 for e in entries)
+        found = self.residency.use(key)
+        if found and not found.users:
+            found.users += 1
+            entries.append(found)
+            question.placed = found.value.cache
+        return key
 
     def keep_placed(self, key: str, cache: KVCache) -> None:
         """Keeps several cubes as they were placed, where there is room, for the next question."""

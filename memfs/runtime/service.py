@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from memfs.config import Config
-from memfs.cube import layout
+from memfs.cube import layout, process
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
@@ -84,7 +84,7 @@ class Service:
             self._prepare()
             self.state = "ready"
         self._load_seconds = time.monotonic() - self._started
-        self._since_start = _process_age()
+        self._since_start = process.age()
         self._ready.set()
         self._publish(self._state_event())
 
@@ -223,7 +223,7 @@ class Service:
                     entry.users += 1
                     entries.append(entry)
             whole = Question(question, parts, limit, asked_at, drop_oldest=cubes is None)
-            key = self._reuse(mounted, whole, entries)
+            key = mounted.lend(whole, entries)
             job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
             try:
                 async for event in job:
@@ -330,24 +330,6 @@ class Service:
         text: Text = await self._in_io(cube.text)
         return Part(cube.path, root, text.text, None, why), None
 
-    def _reuse(
-        self, mounted: Mounted, question: Question, entries: list[Entry[Memory]]
-    ) -> str | None:
-        """Lends the answer a cache to write behind; the key of the cubes placed together."""
-        if not entries or len(entries) != len(question.parts):
-            return None
-        if len(entries) == 1:
-            if entries[0].users == 1:
-                question.lone = entries[0].value.cache
-            return None
-        key = "placed\0" + "\0".join(e.value.payload_sha256 for e in entries)
-        found = mounted.residency.use(key)
-        if found and not found.users:
-            found.users += 1
-            entries.append(found)
-            question.placed = found.value.cache
-        return key
-
     def _after(
         self, mounted: Mounted, caller: Caller, named: list[Cube], key: str | None, done: Answer
     ) -> None:
@@ -410,10 +392,3 @@ class Service:
 
     async def _in_io(self, function: Callable[..., R], *args: object) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
-
-
-def _process_age() -> float:
-    """Seconds since this process was started, its imports included."""
-    with open("/proc/self/stat") as file:
-        ticks = int(file.read().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
