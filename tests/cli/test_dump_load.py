@@ -161,8 +161,7 @@ def test_where_it_goes(
     monkeypatch.chdir(other / "deep/er")
     assert run("load", dumped)[0] == 0
     assert sorted(os.listdir(".")) == ["law", "work"]
-    monkeypatch.chdir(tmp_path)
-    status, _, err = run("load", dumped)
+    status, _, err = run("load", dumped, tmp_path)
     assert (status, "in no mount and no store" in err) == (3, True)
     assert run("load", dumped, other / "nowhere")[0] == 3
     assert run("load", dumped, other / "deep/er/law")[0] == 7
