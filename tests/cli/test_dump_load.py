@@ -18,6 +18,7 @@ from memfs.config import config_file
 from memfs.cube import metadata
 from memfs.vault.lock import lock
 from memfs.vault.store import Store
+from tests.users import open_way
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -190,8 +191,7 @@ def test_a_dump_that_fails_leaves_what_was_there(store: Path, tmp_path: Path, ru
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_who_may_not_share(store: Path, tmp_path: Path) -> None:
-    for directory in (tmp_path, tmp_path.parent):
-        directory.chmod(0o755)
+    open_way(tmp_path)
     header = store / "law/meta.json"
     meta = metadata.parse(header.read_bytes())
 

@@ -17,6 +17,7 @@ from memfs.cube import metadata
 from memfs.vault.archive_check import check
 from memfs.vault.archive_load import load, plan
 from memfs.vault.store import Store
+from tests.users import open_way
 
 from .conftest import Mount, memfs, mounted_at, needs_root, until
 from .kvmaker import kv_file
@@ -131,8 +132,7 @@ def test_a_frozen_cube_travels_frozen(
 
 @needs_root
 def test_who_loads_owns(tmp_path: Path, archive: Path) -> None:
-    for directory in (tmp_path, tmp_path.parent):
-        directory.chmod(0o755)
+    open_way(tmp_path)
     (tmp_path / "other").mkdir()
     with mounted_at(tmp_path / "other", "-o", "allow_other") as other:
         opened, closed = other.dir / "open", other.dir / "closed"

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.users import open_way
+
 from .conftest import Mount, memfs, needs_root, until
 from .kvmaker import kv_file
 from .test_posix import as_user
@@ -178,8 +180,7 @@ def test_nobody_gives_files_away_through_a_header(mount: Mount) -> None:
     cube = mount.cube("law")
     for path in (cube, *cube.iterdir()):
         path.chmod(0o777)
-    for above in mount.dir.parents[:-1]:
-        above.chmod(above.stat().st_mode | 0o711)
+    open_way(mount.dir.parent)
     code = """
         import json, sys
         meta = json.load(open(sys.argv[1]))
@@ -399,8 +400,7 @@ def test_the_rejected_text_is_the_writers(mount: Mount) -> None:
     cube = mount.cube("law")
     for path in (cube, *cube.iterdir()):
         path.chmod(0o777)
-    for above in mount.dir.parents[:-1]:
-        above.chmod(above.stat().st_mode | 0o711)
+    open_way(mount.dir.parent)
     code = "import sys; open(sys.argv[1], 'w').write('bad')"
     as_user(1234, 2345, code, cube / "meta.json")
     found = until((cube / "meta.json.rejected").stat)

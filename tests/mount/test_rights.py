@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.mount.conftest import Mount, mounted_at, until
-from tests.users import as_user, needs_root
+from tests.users import as_user, needs_root, open_way
 
 pytestmark = needs_root
 
@@ -26,8 +26,7 @@ ANN, BEN, CAT, STAFF = 70001, 70002, 70003, 70010
 def open_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
     """A mount that every user may enter and make cubes in."""
     root = tmp_path_factory.mktemp("open")
-    for above in (root, *root.parents[:2]):
-        above.chmod(0o755)
+    open_way(root)
     with mounted_at(root) as mount:
         until(mount.has_index)
         mount.dir.chmod(0o1777)

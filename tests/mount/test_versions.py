@@ -20,6 +20,7 @@ from memfs.vault import versions
 from memfs.vault.rename import RENAME_EXCHANGE, renameat2
 from memfs.vault.store import Store
 from memfs.vault.versions import Version
+from tests.users import open_way
 
 from .conftest import Mount, has_ended, mounted_at, needs_root, until
 from .test_posix import as_user
@@ -493,8 +494,7 @@ def test_the_header_shows_the_chain(mount: Mount) -> None:
 
 @needs_root
 def test_only_who_may_read_the_cube_reads_its_past(mount: Mount) -> None:
-    for above in (mount.dir, *mount.dir.parents[:-1]):
-        above.chmod(above.stat().st_mode | 0o711)
+    open_way(mount.dir)
     cube = mount.cube("open/law", "one\n")
     before = now()
     cube_id = id_of(cube)
@@ -543,8 +543,7 @@ def test_only_who_may_read_the_cube_reads_its_past(mount: Mount) -> None:
 
 @needs_root
 def test_access_lists_hold_in_the_past(mount: Mount) -> None:
-    for above in (mount.dir, *mount.dir.parents[:-1]):
-        above.chmod(above.stat().st_mode | 0o711)
+    open_way(mount.dir)
     cube = mount.cube("law", "one\n")
     payload = cube / "payload.md"
     payload.chmod(0o600)
