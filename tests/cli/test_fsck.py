@@ -114,6 +114,8 @@ def flipped(path: Path, place: int) -> None:
     with path.open("r+b") as file:
         file.seek(place, os.SEEK_SET if place >= 0 else os.SEEK_END)
         byte = file.read(1)
+        if not byte:
+            raise ValueError(f"{path} was cut short before")
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
 

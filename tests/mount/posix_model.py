@@ -161,7 +161,8 @@ def _mode(entry: os.DirEntry[str]) -> int:
 
 
 def _fields(status: os.stat_result) -> dict[str, Any]:
-    names = ["st_mode", "st_uid", "st_gid", "st_nlink", "st_rdev", "st_mtime_ns", "st_ctime_ns"]
+    names = ["st_ino", "st_mode", "st_uid", "st_gid", "st_nlink", "st_rdev"]
+    names += ["st_mtime_ns", "st_ctime_ns"]
     if not stat.S_ISDIR(status.st_mode):
         names.append("st_size")
     return {name: getattr(status, name) for name in names}
@@ -170,12 +171,21 @@ def _fields(status: os.stat_result) -> dict[str, Any]:
 def comparable(
     before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """``after``, with times that no test has set told only as changed or not since ``before``."""
+    """``after``, with times that no test has set told only as changed or not since ``before``.
+
+    Those of another file than was there before are not compared: two files that were made in one
+    tick of the clock have the same times on one side and not on the other.
+    """
     told = {}
-    for path, seen in after.items():
-        old = before.get(path, {})
+    for path, now in after.items():
+        old, seen = before.get(path, {}), {n: value for n, value in now.items() if n != "st_ino"}
+        another = old.get("st_ino", now["st_ino"]) != now["st_ino"]
         told[path] = seen | {
-            name: "changed" if seen[name] != old.get(name) else "the same"
+            name: "another's"
+            if another
+            else "changed"
+            if seen[name] != old.get(name)
+            else "the same"
             for name in ("st_mtime_ns", "st_ctime_ns")
             if name == "st_ctime_ns" or seen[name] > _LONG_AGO
         }
