@@ -69,6 +69,8 @@ def adopt(
         if not taken or facts.meta_sig is None:
             return facts
         return replace(facts, id=None, meta_sig=facts.meta_sig.unsettled())
+    if facts.payload_sig is None and facts.kv_sig is None and facts.adapter_sig is None:
+        facts = replace(facts, changed=status.st_mtime)  # its header is all that there is of it
     return with_meta(facts, meta, sig_of(status))
 
 
