@@ -60,16 +60,20 @@ class Catalogue:
             versions_budget: see ``Historian``.
         """
         self.store = store
-        self.keeper = IndexKeeper(store, self._on_change, self._on_scan)
         self.handles = HandleTable()
         """The open files of the mount: they tell who is writing, and hear of a cube that froze."""
+        self.keeper = IndexKeeper(
+            store,
+            tell=self._tell_nobodys,
+            on_change=self._on_change,
+            on_scan=self._on_scan,
+            is_written=self.handles.is_written,
+        )
         self.history = Historian(store, self.keeper, versions_budget)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=_REFUSALS)
         """What was refused lately, with the reasons, for ``status``."""
         self._changed = changed
         self._trail: Trail | None = None
-        self._untold: dict[str, CubeFacts | None] = {}
-        """What the trail last told of cubes that somebody is writing just now."""
         self._denials = audit.Denials()
         self._early: set[str] = set()
         """Cubes whose change was told of before there was an index to compare them with."""
@@ -232,14 +236,19 @@ class Catalogue:
         if index is not None:
             try:
                 change = refresh(
-                    self.store, index, path, self.model, adopting=adopting, check_kv=small
+                    self.store,
+                    index,
+                    path,
+                    self.model,
+                    adopting=adopting,
+                    check_kv=small,
+                    tell=lambda change: self._tell(change, by),
                 )
             except (IndexDamaged, OSError) as e:
                 log.warning("%s is not in the index: %s", path, e)
                 self.keeper.later(path)
             else:
                 self._freeze(change.before, change.after, path)
-                self._tell(path, self._untold.pop(path, change.before), change.after, by)
                 return change.before, change.after, change.matters
         return self._refreshed_alone(path, adopting=adopting, check_kv=small, by=by)
 
@@ -259,14 +268,19 @@ class Catalogue:
         self.log(event | {"after": after and after.payload_sha256} | audit.actor(by))
         return before, after, True
 
-    def _tell(
-        self, path: str, before: CubeFacts | None, after: CubeFacts | None, by: Context | None
-    ) -> None:
+    def _tell(self, change: Change, by: Context | None) -> None:
         """Has the audit trail say what happened to a cube."""
         who = None
-        for event in audit.changes(path, before, after):
+        for event in audit.changes(*change):
             who = audit.actor(by) if who is None else who
             self.log(event | who)
+
+    def _tell_nobodys(self, change: Change) -> None:
+        """The same of a change that no operation told of: it was made beside the mount."""
+        if change.path in self._early:
+            self._early.discard(change.path)
+        elif change.before is not None or self.keeper.ask(_is_complete, False):
+            self._tell(change, None)
 
     def _freeze(self, before: CubeFacts | None, after: CubeFacts | None, path: str) -> None:
         """Has open files take no writes in a cube that was frozen, and again in one that thawed."""
@@ -274,20 +288,14 @@ class Catalogue:
             self.handles.freeze(path, frozen=after.frozen)
 
     def _on_change(self, change: Change) -> None:
-        """A change was seen that no operation told of: beside the mount, or halfway through one."""
+        """A change was taken in that no operation told of."""
         path = change.path
         self._recent.pop(path, None)
         self.history.changed(path, change.before, change.after)
         if not change.matters:
             return
         self._freeze(change.before, change.after, path)
-        if path in self._early:
-            self._early.discard(path)
-        elif self.handles.is_written(path):
-            self._untold.setdefault(path, change.before)
-        elif change.before is not None or self.keeper.ask(_is_complete, False):
-            self._tell(path, self._untold.pop(path, change.before), change.after, None)
-        self._changed(change.path)
+        self._changed(path)
 
     def _on_scan(self) -> None:
         self.history.compare_all()

@@ -231,9 +231,7 @@ class _Callbacks(mfusepy.Operations):
         self._handles.get(fi.fh).fsync(data_only=bool(datasync))
 
     def release(self, path: str | None, fi: Any) -> None:
-        handle = self._handles.remove(fi.fh)
-        if handle is not None:
-            handle.release()
+        self.tree.release(fi.fh)
 
     def fallocate(self, path: str | None, mode: int, offset: int, size: int, fi: Any) -> None:
         self._handles.get(fi.fh).fallocate(mode, offset, size)
@@ -249,9 +247,7 @@ class _Callbacks(mfusepy.Operations):
         self._handles.get(fh).fsync(data_only=bool(datasync))
 
     def releasedir(self, path: str | None, fh: int) -> None:
-        handle = self._handles.remove(fh)
-        if handle is not None:
-            handle.release()
+        self.tree.release(fh)
 
     def statfs(self, path: str) -> dict[str, int]:
         found = self.tree.statfs()

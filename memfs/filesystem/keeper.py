@@ -39,13 +39,22 @@ class IndexKeeper:
     """Holds the index of one store, from soon after ``start`` until ``stop``."""
 
     def __init__(
-        self, store: Store, on_change: Callable[[Change], None], on_scan: Callable[[], None]
+        self,
+        store: Store,
+        *,
+        tell: Callable[[Change], None],
+        on_change: Callable[[Change], None],
+        on_scan: Callable[[], None],
+        is_written: Callable[[str], bool],
     ) -> None:
         """Nothing happens yet.
 
         Args:
-            on_change: is told of every cube that was found changed, or written; it must not wait.
+            tell: is told of every change that no operation told of, before the index; may not wait.
+            on_change: the same after it, and of files written that say what they said.
             on_scan: called where every cube was looked at, so that the index knows them all.
+            is_written: whether a file below a path is open for writing. Until it is closed, the
+                index keeps what it knows: what is halfway is nobody's change.
         """
         self.store = store
         self.index: Index | None = None
@@ -53,8 +62,11 @@ class IndexKeeper:
         """Why there is no index now, or it is not to be trusted; "" where all is well."""
         self.model: Model = None
         """The model's part of the fingerprint, as last known."""
+        self._tell = tell
         self._on_change = on_change
         self._on_scan = on_scan
+        self._is_written = is_written
+        self._put_off: set[str] = set()
         self._early: set[str] = set()
         self._pending: set[str] = set()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -114,6 +126,12 @@ class IndexKeeper:
         if path not in self._pending:
             self._pending.add(path)
             self._jobs.put(lambda: self._refresh(path))
+
+    def closed(self) -> None:
+        """A file that was open for writing is closed: what waited for that is looked at."""
+        for path in [p for p in list(self._put_off) if not self._is_written(p)]:
+            self._put_off.discard(path)
+            self.later(path)
 
     def later_below(self, path: str) -> None:
         """``later`` for every cube at and below a directory."""
@@ -197,6 +215,8 @@ class IndexKeeper:
                 self.model,
                 leftovers_before=self._started,
                 on_change=self._on_change,
+                tell=self._tell,
+                is_busy=self._is_busy,
                 stop=lambda: self._stopping,
                 progress=_breathe,
             )
@@ -217,8 +237,8 @@ class IndexKeeper:
         from memfs.index.refresh import refresh
 
         self._pending.discard(path)
-        if self.index is not None:
-            change = refresh(self.store, self.index, path, self.model)
+        if self.index is not None and not self._is_busy(path):
+            change = refresh(self.store, self.index, path, self.model, tell=self._tell)
             if change.wrote:
                 self._on_change(change)
 
@@ -229,6 +249,14 @@ class IndexKeeper:
         for cube in sorted(found):
             if not self._stopping:
                 self._refresh(cube)
+
+    def _is_busy(self, path: str) -> bool:
+        """Whether a look has to wait for a close; it is then made."""
+        if not self._is_written(path):
+            return False
+        self._put_off.add(path)
+        self.closed()  # if it was just now, nobody else says so
+        return True
 
     def _judge_all(self) -> None:
         from memfs.index.rebuild import MODEL
@@ -253,7 +281,8 @@ class IndexKeeper:
         if self.index is None:
             return
         try:
-            refresh_all(self.store, self.index, paths, self.model, self._on_change)
+            idle = [path for path in paths if not self._is_busy(path)]
+            refresh_all(self.store, self.index, idle, self.model, self._on_change, self._tell)
         except IndexDamaged as e:
             self._damaged(e)
         except OSError:

@@ -121,6 +121,17 @@ class Tree:
         found = handle.status()
         return None if found is None else self._links_counted(found, handle.path is None)
 
+    def release(self, number: int) -> None:
+        """Closes an open file or directory for good."""
+        handle = self.handles.remove(number)
+        if handle is None:
+            return
+        try:
+            handle.release()
+        finally:
+            if handle.writes:
+                self._catalogue.keeper.closed()
+
     def entries(self, handle: Handle) -> Iterator[tuple[str, int, int]]:
         """Name, kind and inode of what is in an open directory, ``.`` and ``..`` included."""
         if isinstance(handle, ControlDirectory | PastDirectory):

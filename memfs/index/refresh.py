@@ -64,6 +64,10 @@ class Change(NamedTuple):
 
 
 OnChange = Callable[[Change], None]
+"""Is told of changes. As ``tell``: before the index takes one in, so that a process that is killed
+between tells of it again, rather than never; as ``on_change``: after it, and where a file was
+written that says the same as before, too.
+"""
 
 
 @dataclass
@@ -88,6 +92,7 @@ def refresh(
     *,
     adopting: bool = False,
     check_kv: bool = True,
+    tell: OnChange | None = None,
 ) -> Change:
     """Looks at the cube at ``path`` and sets what the index says of it.
 
@@ -97,18 +102,19 @@ def refresh(
     Args:
         adopting: whether a cube that lost its meta.json gets one again, too.
         check_kv: as for ``inspect``.
+        tell: see ``OnChange``.
 
     Raises:
         OSError: the store cannot be read, or the index not written.
         IndexDamaged: see ``rebuild``.
     """
-    change, owns = _look(store, index, path, model, adopting=adopting, check_kv=check_kv)
+    change, owns = _look(store, index, path, model, adopting=adopting, check_kv=check_kv, tell=tell)
     if owns or change.after is None or change.after.id is None:
         return change
     owner = index.by_id(change.after.id)
     if owner is None or owner[0] == path:
         return change
-    return change._replace(after=_tell_apart(store, index, path, owner[0]).after)
+    return change._replace(after=_tell_apart(store, index, path, owner[0], tell).after)
 
 
 def refresh_all(
@@ -117,6 +123,7 @@ def refresh_all(
     paths: Iterable[str],
     model: Model,
     on_change: OnChange | None = None,
+    tell: OnChange | None = None,
 ) -> None:
     """``refresh`` for all that a watcher's event touched: cubes, collections, gone directories."""
     gone: set[str] = set()
@@ -128,7 +135,7 @@ def refresh_all(
             gone.update(found for found, _ in index.under(path))
     # What is gone first: a cube that was moved is then known at its new path alone.
     for path in [*sorted(gone), *sorted(there)]:
-        change = refresh(store, index, path, model)
+        change = refresh(store, index, path, model, tell=tell)
         if on_change and change.wrote:
             on_change(change)
 
@@ -142,6 +149,8 @@ def rescan(
     known: Mapping[str, str] | None = None,
     leftovers_before: float | None = None,
     on_change: OnChange | None = None,
+    tell: OnChange | None = None,
+    is_busy: Callable[[str], bool] | None = None,
     stop: Callable[[], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Scan:
@@ -154,6 +163,7 @@ def rescan(
         adopting: as for ``refresh``.
         known: ids by path as an older index had them, for a new one.
         leftovers_before: where given, what a crash left of publishing before that time is removed.
+        is_busy: whether a cube is left as the index knows it, for this time.
         stop: asked now and then; the scan ends early where it says True.
         progress: told how many cubes were looked at.
     """
@@ -162,25 +172,28 @@ def rescan(
         if stop and stop():
             scan.complete = False
             return scan
-        for name in filter(layout.is_temporary, names):
-            if leftovers_before is not None:
+        if leftovers_before is not None:
+            for name in filter(layout.is_temporary, names):
                 remove_leftover(store, layout.join(path, name), leftovers_before)
         if not path or not layout.is_cube(names):
             continue
         seen.add(path)
-        change, _ = _look(store, index, path, model, adopting=adopting, known_id=known.get(path))
+        if is_busy and is_busy(path):
+            continue
+        change, _ = _look(
+            store, index, path, model, adopting=adopting, known_id=known.get(path), tell=tell
+        )
         if change.before is None or (change.after and change.before.id != change.after.id):
             new.add(path)
         _count(scan, change, on_change)
         if progress:
             progress(scan.cubes)
-    for path in index.paths():
+    for path in [path for path in index.paths() if path not in seen]:
         if stop and stop():
             scan.complete = False
             return scan
-        if path not in seen:
-            _count(scan, refresh(store, index, path, model), on_change)
-    for change in _tell_all_apart(store, index, new, known):
+        _count(scan, refresh(store, index, path, model, tell=tell), on_change)
+    for change in _tell_all_apart(store, index, new, known, tell):
         scan.copies += 1
         if on_change:
             on_change(change)
@@ -197,6 +210,7 @@ def _look(
     adopting: bool,
     check_kv: bool = True,
     known_id: str | None = None,
+    tell: OnChange | None = None,
 ) -> tuple[Change, bool]:
     """``refresh`` but for telling copies apart; and whether the path owns its id."""
     with _alone(index, path):
@@ -204,6 +218,7 @@ def _look(
         after = inspect(store, path, before, model, check_kv=check_kv)
         if after is None:
             if before is not None:
+                _told(Change(path, before, None), tell)
                 index.remove(path)
             return Change(path, before, None), True
         if after.meta_sig is None:
@@ -212,6 +227,7 @@ def _look(
             # Without an id it never had one: where that failed, the disk was full.
             if adopting or after.id is None or _is_written(before, after):
                 after = adopt(store, path, after, lambda cube_id: _owner(index, cube_id))
+        _told(Change(path, before, after), tell)
         owns = after == before or index.put(path, after)
         if after.id is not None and (before is None or before.id != after.id):
             take_history(store, index, path, after.id)
@@ -219,7 +235,11 @@ def _look(
 
 
 def _tell_all_apart(
-    store: Store, index: Index, new: set[str], known: Mapping[str, str]
+    store: Store,
+    index: Index,
+    new: set[str],
+    known: Mapping[str, str],
+    tell: OnChange | None,
 ) -> Iterator[Change]:
     """Gives every copy an id of its own; ``new`` and ``known`` are as in ``rescan``."""
     for cube_id in index.shared_ids():
@@ -234,12 +254,14 @@ def _tell_all_apart(
             ),
         )
         for path in copies:
-            change = _tell_apart(store, index, path, original)
+            change = _tell_apart(store, index, path, original, tell)
             if change.matters:
                 yield change
 
 
-def _tell_apart(store: Store, index: Index, path: str, original: str) -> Change:
+def _tell_apart(
+    store: Store, index: Index, path: str, original: str, tell: OnChange | None
+) -> Change:
     """Gives the copy at ``path`` an id of its own, where ``original`` still has the same."""
     with _alone(index, path):
         before = index.get(path)
@@ -247,8 +269,14 @@ def _tell_apart(store: Store, index: Index, path: str, original: str) -> Change:
             return Change(path, None, None)
         after = adopt(store, path, before, lambda _: original)
         if after != before:
+            _told(Change(path, before, after), tell)
             index.put(path, after)
         return Change(path, before, after)
+
+
+def _told(change: Change, tell: OnChange | None) -> None:
+    if tell and change.matters:
+        tell(change)
 
 
 def _header_time(store: Store, path: str) -> int:

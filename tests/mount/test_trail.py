@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -108,6 +109,42 @@ def test_a_killed_mount_loses_no_event(tmp_path: Path) -> None:
         assert [kinds(mount, f"c{n}")[:1] for n in range(5)] == [["created"]] * 5
     with Store.open(mount.store) as store:
         assert list(trail.problems(store)) == []
+
+
+def test_a_kill_halfway_through_a_write_loses_no_event(tmp_path: Path) -> None:
+    with mounted_at(tmp_path) as mount:
+        until(mount.has_index)
+        mount.cube("old", "one")
+        (mount.dir / "new").mkdir()
+        files = []
+        for name in ("old", "new"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            files.append(os.open(mount.dir / name / "payload.md", flags))
+            os.write(files[-1], b"half")
+            os.utime(mount.store / name / "payload.md")  # the watcher hears of that, and looks
+        time.sleep(0.6)
+        assert mount.status()["index"]["cubes"] == 1
+        pid = mount.pid
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: has_ended(pid))
+        for file in files:
+            with contextlib.suppress(OSError):
+                os.close(file)
+        mount.start()
+        until(lambda: mount.status()["index"]["cubes"] == 2)
+        assert kinds(mount, "old") == ["created", "changed payload"]
+        assert kinds(mount, "new") == ["created"]
+        assert events(mount, "new")[0]["sha256"] == sha256("half")
+
+
+def test_a_file_that_stays_open_holds_back_nothing_for_good(mount: Mount) -> None:
+    cube = mount.cube("law", "one")
+    with (cube / "payload.md").open("r+"):  # and never writes
+        (mount.store / "law/payload.md").write_text("two")
+        time.sleep(0.6)
+        assert kinds(mount) == ["created"]
+    until(lambda: kinds(mount) == ["created", "changed payload"])
+    assert "uid" not in events(mount)[-1]
 
 
 @needs_root
