@@ -13,8 +13,8 @@ from memfs.cli.versions import changed
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, InvalidRequest
 from memfs.vault.facts import MAX_PAYLOAD
-from memfs.vault.versions import Entry, Version
-from memfs.vault.versions_restore import without_rights
+from memfs.vault.versions.records import Entry, Version
+from memfs.vault.versions.restore import without_rights
 
 HELP = "show what changed between two versions of a cube"
 EPILOG = """\
@@ -139,7 +139,7 @@ def _digest(side: Side, name: str) -> str:
 
 
 def _print(lines: list[str]) -> None:
-    styles = {"+++": "bold", "---": "bold", "@@": "yellow", "+": "green", "-": "red"}
+    styles = {"+++": "bold", "---": "bold", "": "yellow", "+": "green", "-": "red"}
     colored = output.use_color(sys.stdout)
     for line in lines:
         style = next((s for start, s in styles.items() if line.startswith(start)), None)

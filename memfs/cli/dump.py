@@ -17,8 +17,8 @@ from memfs.cube import layout
 from memfs.cube.access import Caller
 from memfs.errors import InvalidRequest, NotAllowed
 from memfs.operation.governance import Governed, denial, granted_by
-from memfs.vault import signing
-from memfs.vault.archive_dump import Choice, Dump, Source
+from memfs.vault.archive import signing
+from memfs.vault.archive.dump import Choice, Dump, Source
 from memfs.vault.identity import read_meta
 from memfs.vault.store import Store
 

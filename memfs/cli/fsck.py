@@ -17,12 +17,14 @@ from memfs.cube import layout
 from memfs.errors import MemfsError, MountFailed, NotAllowed
 from memfs.filesystem import registry
 from memfs.index.problems import IndexCheck
-from memfs.vault import trail, versions, versions_check
 from memfs.vault.check import FileCheck, unreadable
 from memfs.vault.facts import inspect
 from memfs.vault.lock import lock
 from memfs.vault.problem import Problem
 from memfs.vault.store import Store
+from memfs.vault.trail import records as trail
+from memfs.vault.versions import check
+from memfs.vault.versions import records as versions
 
 HELP = "check everything a store holds, and repair it"
 EPILOG = """\
@@ -159,7 +161,7 @@ class _Check:
         def progress(count: int) -> None:
             self._progress.update(f"{output.number(count)} versions")
 
-        return versions_check.problems(self._store, live=self._live, progress=progress)
+        return check.problems(self._store, live=self._live, progress=progress)
 
     def _look(self, path: str) -> list[Problem]:
         """What is wrong with one cube."""

@@ -17,12 +17,12 @@ from memfs.cli import targets
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, NotACube, NotAllowed, NotFound, VersionDamaged
 from memfs.operation.moment import end_of
-from memfs.vault import versions
 from memfs.vault.identity import read_meta
 from memfs.vault.store import Store
-from memfs.vault.versions import DESCRIPTION, Version
-from memfs.vault.versions_look import Present, look
-from memfs.vault.versions_restore import differing
+from memfs.vault.versions import records
+from memfs.vault.versions.look import Present, look
+from memfs.vault.versions.records import DESCRIPTION, Version
+from memfs.vault.versions.restore import differing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class History:
         Raises NotFound.
         """
         try:
-            end = versions.stamp_of(end_of(text))
+            end = records.stamp_of(end_of(text))
         except ValueError as e:
             raise NotFound(str(e)) from None
         found = [v for v in self.versions if v.stamp <= end]
@@ -107,8 +107,8 @@ def deleted(store: Store, *, mounted: bool) -> list[dict[str, Any]]:
         with open(fd, encoding="ascii") as file:
             return [json.loads(line) for line in file]
     found = []
-    for cube_id in versions.cube_ids(store):
-        known = _read(store, cube_id, versions.stamps(store, cube_id))
+    for cube_id in records.cube_ids(store):
+        known = _read(store, cube_id, records.stamps(store, cube_id))
         if known and known[-1].deleted:
             places = [(v.stamp, v.path) for v in known if not v.deleted]
             line = {"path": known[-1].path, "id": cube_id}
@@ -122,7 +122,7 @@ def _living(store: Store, path: str, *, mounted: bool) -> History:
     except (FileNotFoundError, InvalidMetadata, NotAllowed) as e:
         raise NotFound(f"{path}: nothing says which versions it has ({e})") from e
     if not mounted:
-        found = _read(store, cube_id, versions.stamps(store, cube_id))
+        found = _read(store, cube_id, records.stamps(store, cube_id))
     else:
         base = f"{path}/{layout.VERSIONS}"
         found = _described(store, cube_id, [(s, f"{base}/{s}") for s in _names(store, base)])
@@ -132,24 +132,24 @@ def _living(store: Store, path: str, *, mounted: bool) -> History:
 def _ended(store: Store, line: dict[str, Any], *, mounted: bool) -> History:
     cube_id = line["id"]
     if not mounted:
-        found = _read(store, cube_id, versions.stamps(store, cube_id))
+        found = _read(store, cube_id, records.stamps(store, cube_id))
     else:
         places = [(stamp, f"{layout.AT}/{stamp}/{path}") for stamp, path in line["versions"]]
         found = _described(store, cube_id, places)
-        found.append(Version(cube_id, line["deleted"], line["path"], versions.DELETED))
+        found.append(Version(cube_id, line["deleted"], line["path"], records.DELETED))
     return History(store, mounted, line["path"], cube_id, False, found)
 
 
 def _read(store: Store, cube_id: str, stamps: list[str]) -> list[Version]:
-    return _described(store, cube_id, [(s, versions.directory(cube_id, s)) for s in stamps])
+    return _described(store, cube_id, [(s, records.directory(cube_id, s)) for s in stamps])
 
 
 def _described(store: Store, cube_id: str, places: list[tuple[str, str]]) -> list[Version]:
     found = []
     for stamp, place in places:
         with contextlib.suppress(VersionDamaged, FileNotFoundError):
-            raw = store.read(f"{place}/{DESCRIPTION}", versions.MAX_DESCRIPTION)
-            found.append(versions.parse(cube_id, stamp, raw))
+            raw = store.read(f"{place}/{DESCRIPTION}", records.MAX_DESCRIPTION)
+            found.append(records.parse(cube_id, stamp, raw))
     return found
 
 
@@ -169,6 +169,6 @@ def _holder(path: str) -> str:
 
 def _names(store: Store, path: str) -> list[str]:
     try:
-        return versions.names_in(store, path)
+        return records.names_in(store, path)
     except PermissionError:
         return []

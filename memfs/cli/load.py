@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from memfs.cli import output, targets
 from memfs.errors import InvalidRequest, Untrusted
-from memfs.vault import archive, signing
-from memfs.vault.archive_check import Checked, check
-from memfs.vault.archive_load import Place, load, plan
+from memfs.vault.archive import contents, signing
+from memfs.vault.archive.check import Checked, check
+from memfs.vault.archive.load import Place, load, plan
 from memfs.vault.lock import lock
 
 HELP = "load cubes from an archive"
@@ -102,9 +102,9 @@ def _opened(name: str) -> Iterator[BinaryIO]:
             yield file
         return
     with tempfile.TemporaryFile() as file:
-        start = sys.stdin.buffer.read(archive.RECORD)
+        start = sys.stdin.buffer.read(contents.RECORD)
         file.write(start)
-        if start.startswith(archive.SUMS.encode() + b"\0"):  # else it is no archive, and may go on
+        if start.startswith(contents.SUMS.encode() + b"\0"):  # else it is no archive, and may go on
             while part := sys.stdin.buffer.read(COPIED):
                 file.write(part)
         file.flush()

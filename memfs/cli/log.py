@@ -17,8 +17,8 @@ from memfs.cli import filters, output
 from memfs.cube import layout
 from memfs.errors import InvalidRequest, NotAllowed, NotFound
 from memfs.filesystem import registry
-from memfs.vault import trail
 from memfs.vault.store import Store
+from memfs.vault.trail import records
 
 HELP = "show who mounted, changed or was denied what"
 EPILOG = """\
@@ -113,7 +113,7 @@ def _place(given: str | None) -> Place:
 def _events(store: Store, mountpoint: str | None) -> Iterator[Event]:
     """From the files, for who may read them; else from the mount, which says what it may."""
     try:
-        yield from trail.events(store)
+        yield from records.events(store)
         return
     except PermissionError:
         if mountpoint is None:
@@ -190,10 +190,10 @@ def _value(value: object) -> str:
 
 def _verify(store: Store, *, as_json: bool) -> int:
     try:
-        problems = list(trail.problems(store))
-        lines, last = 0, trail.START
-        for event in trail.events(store):
-            lines, last = lines + 1, trail.Link(event["seq"], event["hash"])
+        problems = list(records.problems(store))
+        lines, last = 0, records.START
+        for event in records.events(store):
+            lines, last = lines + 1, records.Link(event["seq"], event["hash"])
     except PermissionError:
         raise NotAllowed(f"the trail of {store.root} is its owner's, who verifies it") from None
     if as_json:

@@ -11,11 +11,11 @@ from memfs.cli import histories, output
 from memfs.cli.histories import History
 from memfs.config import Config
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed
-from memfs.vault import versions, versions_make, versions_restore
 from memfs.vault.frozen import Frozen
 from memfs.vault.lock import lock
-from memfs.vault.versions import Version
-from memfs.vault.versions_look import look
+from memfs.vault.versions import making, records, restore
+from memfs.vault.versions.look import look
+from memfs.vault.versions.records import Version
 
 HELP = "bring back a version of a cube, or a deleted cube"
 EPILOG = """\
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
             _record(history)
         elif history.lives:
             _require_kept(args.cube)
-        names = versions_restore.restore(
-            history.store, history.place(version), version, history.path
-        )
+        names = restore.restore(history.store, history.place(version), version, history.path)
         if not history.mounted:
             _record(history)
     if args.json:
@@ -108,9 +106,7 @@ def _said(history: History, version: Version, names: list[str]) -> str:
 def _record(history: History) -> None:
     """Makes the version that a mount would make."""
     budget = Config.load().versions_budget_bytes
-    previous = versions.newest(history.store, history.cube_id)
+    previous = records.newest(history.store, history.cube_id)
     present = look(history.store, history.path, previous)
     if present is not None and budget:
-        versions_make.make(
-            history.store, history.cube_id, present, previous, budget=budget, patient=True
-        )
+        making.make(history.store, history.cube_id, present, previous, budget=budget, patient=True)

@@ -8,7 +8,7 @@ from typing import Any
 from memfs.cli import histories, output, targets
 from memfs.cli.histories import History
 from memfs.cube import layout
-from memfs.vault.versions import Version
+from memfs.vault.versions.records import Version
 
 HELP = "list the versions of a cube, or the deleted cubes of a store"
 EPILOG = """\

@@ -23,10 +23,10 @@ from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, creates, likely_creates
 from memfs.filesystem.guard import Guard
-from memfs.filesystem.handles import Handle
+from memfs.filesystem.handles.handle import Handle
+from memfs.filesystem.handles.making import Makers, OpenPending
+from memfs.filesystem.handles.reading import OpenBlob, Reading
 from memfs.filesystem.link import Making
-from memfs.filesystem.making import Makers, OpenPending
-from memfs.filesystem.reading import OpenBlob, Reading
 
 _PROMISES = 4096
 _NEW_SECONDS = 60.0

@@ -19,9 +19,9 @@ from memfs.cube.metadata import rfc3339
 from memfs.errors import IndexDamaged, NotAllowed
 from memfs.filesystem import audit
 from memfs.filesystem.context import Context
-from memfs.filesystem.handle_table import HandleTable
-from memfs.filesystem.historian import Historian
+from memfs.filesystem.handles.table import HandleTable
 from memfs.filesystem.keeper import IndexKeeper, Model
+from memfs.filesystem.past.historian import Historian
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect
 from memfs.vault.sig import Sig, sig_of
@@ -30,7 +30,7 @@ from memfs.vault.store import Store
 if TYPE_CHECKING:
     from memfs.index.lmdb_index import Index
     from memfs.index.refresh import Change
-    from memfs.vault.trail_writer import Trail
+    from memfs.vault.trail.writer import Trail
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Catalogue:
     def start(self) -> None:
         """Opens the audit trail, and behind it the index and the versions. After the fork."""
         if self.store.writable:
-            from memfs.vault.trail_writer import Trail
+            from memfs.vault.trail.writer import Trail
 
             try:
                 self._trail = Trail(self.store)
@@ -213,9 +213,9 @@ class Catalogue:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The audit trail, oldest first."""
-        from memfs.vault import trail
+        from memfs.vault.trail import records
 
-        return trail.events(self.store)
+        return records.events(self.store)
 
     def cubes(self) -> int | None:
         """How many cubes there are; None while there is no index."""

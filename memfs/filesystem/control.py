@@ -30,10 +30,10 @@ from memfs.cube.metadata import rfc3339
 from memfs.filesystem.attributes import Attributes, altered, regular
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import Handle, Snapshot
+from memfs.filesystem.handles.handle import Handle, Snapshot
+from memfs.filesystem.handles.passthrough import Passthrough
 from memfs.filesystem.link import Link
-from memfs.filesystem.passthrough import Passthrough
-from memfs.filesystem.past import Past
+from memfs.filesystem.past.tree import Past
 from memfs.filesystem.status_text import status_text
 
 ASK_SECONDS = 0.3

@@ -24,8 +24,8 @@ from memfs.errors import MemfsError, MountFailed
 from memfs.filesystem import libfuse
 from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, fill
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import Handle
-from memfs.filesystem.staged import Staged
+from memfs.filesystem.handles.handle import Handle
+from memfs.filesystem.handles.staged import Staged
 from memfs.filesystem.tree import WAITERS, Tree
 
 log = logging.getLogger(__name__)

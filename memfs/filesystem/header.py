@@ -3,7 +3,7 @@
 What is on disk is the header as somebody last wrote it. What is read is that with the live parts
 laid over: owner and mode from the files, the states of the three memories, the usage counters. What
 is written is checked, and the live parts in it are not taken: a change of owner or mode is carried
-out on the file instead, with the writer's own rights. Used by the tree and ``open_header``; any
+out on the file instead, with the writer's own rights. Used by the tree and ``handles.header``; any
 thread.
 """
 
@@ -32,7 +32,7 @@ from memfs.index.records import Usage
 from memfs.vault import identity
 from memfs.vault.facts import CubeFacts
 from memfs.vault.publish import publish_bytes, publishing, write_all
-from memfs.vault.versions import Version
+from memfs.vault.versions.records import Version
 
 log = logging.getLogger(__name__)
 

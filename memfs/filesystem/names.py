@@ -18,11 +18,11 @@ from memfs.filesystem.backing import Backing, is_hidden
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, names
 from memfs.filesystem.guard import Guard
-from memfs.filesystem.handle_table import HandleTable
+from memfs.filesystem.handles.staged import Staged
+from memfs.filesystem.handles.table import HandleTable
 from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
 from memfs.filesystem.opening import Opening, require_free
-from memfs.filesystem.staged import Staged
 from memfs.vault.publish import publish_bytes
 from memfs.vault.rename import RENAME_EXCHANGE
 from memfs.vault.rights import carry_over

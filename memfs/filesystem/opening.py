@@ -15,18 +15,18 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.control import Control, ControlDirectory
 from memfs.filesystem.guard import Guard
-from memfs.filesystem.handle_table import HandleTable
-from memfs.filesystem.handles import (
+from memfs.filesystem.handles.handle import (
     Handle,
     OpenDirectory,
     OpenFile,
     OpenPayload,
     Snapshot,
 )
+from memfs.filesystem.handles.header import OpenHeader
+from memfs.filesystem.handles.staged import Staged
+from memfs.filesystem.handles.table import HandleTable
 from memfs.filesystem.header import Headers
-from memfs.filesystem.open_header import OpenHeader
-from memfs.filesystem.past import Past, read_only
-from memfs.filesystem.staged import Staged
+from memfs.filesystem.past.tree import Past, read_only
 from memfs.vault.sig import Sig, sig_of
 
 STAGED = (Role.META, Role.KV, Role.ADAPTER_WEIGHTS)

@@ -27,14 +27,14 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, creates, likely_creates
 from memfs.filesystem.control import Control, ControlDirectory, MountFacts
 from memfs.filesystem.guard import Guard
-from memfs.filesystem.handles import Handle, OpenDirectory
+from memfs.filesystem.handles.handle import Handle, OpenDirectory
+from memfs.filesystem.handles.making import Makers
+from memfs.filesystem.handles.reading import Reading
 from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
-from memfs.filesystem.making import Makers
 from memfs.filesystem.names import Names
 from memfs.filesystem.opening import STAGED, Opening
-from memfs.filesystem.past import Past, PastDirectory, read_only
-from memfs.filesystem.reading import Reading
+from memfs.filesystem.past.tree import Past, PastDirectory, read_only
 from memfs.filesystem.syscalls import Time
 from memfs.filesystem.xattrs import CubeAttributes
 from memfs.vault.rights import acl_of, carry_over

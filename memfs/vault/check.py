@@ -16,7 +16,6 @@ from dataclasses import replace
 
 from memfs.cube import layout, metadata
 from memfs.errors import InvalidMetadata, MemfsError, NotAllowed
-from memfs.vault import versions
 from memfs.vault.aside import Aside
 from memfs.vault.facts import MAX_PAYLOAD, CubeFacts, with_meta
 from memfs.vault.identity import adopt, holder, read_meta
@@ -24,6 +23,7 @@ from memfs.vault.problem import Problem
 from memfs.vault.publish import publish_bytes
 from memfs.vault.sig import sig_of
 from memfs.vault.store import HIDDEN_DIR, Store
+from memfs.vault.versions import records
 
 _ADAPTER = f"{layout.ADAPTER}/{layout.ADAPTER_WEIGHTS}"
 _NEEDED = (layout.PAYLOAD, layout.KV, layout.META, _ADAPTER)
@@ -246,16 +246,16 @@ class FileCheck:
     def _id_in_versions(self, cube: str) -> str | None:
         """The id of the cube that was last known at a path, by its versions."""
         taken = set(self._ids.values())
-        for cube_id in versions.cube_ids(self._store):
-            newest = None if cube_id in taken else versions.newest(self._store, cube_id)
+        for cube_id in records.cube_ids(self._store):
+            newest = None if cube_id in taken else records.newest(self._store, cube_id)
             if newest is not None and newest.path == cube and not newest.deleted:
                 return cube_id
         return None
 
     def _kept_header(self, cube_id: str) -> bytes | None:
         """The header in the newest version that has a valid one."""
-        for stamp in reversed(versions.stamps(self._store, cube_id)):
-            path = layout.join(versions.directory(cube_id, stamp), layout.META)
+        for stamp in reversed(records.stamps(self._store, cube_id)):
+            path = layout.join(records.directory(cube_id, stamp), layout.META)
             try:
                 data = self._store.read(path, metadata.MAX_BYTES)
                 if metadata.cube_id(metadata.parse(data)) == cube_id:

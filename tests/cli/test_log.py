@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from memfs.cli import main as cli
-from memfs.vault import trail
 from memfs.vault.store import Store
-from memfs.vault.trail_writer import Trail
+from memfs.vault.trail import records
+from memfs.vault.trail.writer import Trail
 from tests.users import as_user, needs_root
 
 HOUR = 3600.0
@@ -91,8 +91,8 @@ def test_bad_questions(root: Path, tmp_path: Path) -> None:
 
 def test_verifying(root: Path) -> None:
     with Store.open(root) as store:
-        *_, last = trail.events(store)
-        file = root / trail.name_of(1)
+        *_, last = records.events(store)
+        file = root / records.name_of(1)
     said = memfs_log(root, "--verify")
     assert "5 lines" in said
     assert last["hash"] in said
@@ -102,7 +102,7 @@ def test_verifying(root: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b'"uid":1002', b'"uid":1001'))
     assert "line 3 of the file was changed" in memfs_log(root, "--verify", status=1)
     report = json.loads(memfs_log(root, "--verify", "--json", status=1))
-    assert report["problems"][0]["path"] == trail.name_of(1)
+    assert report["problems"][0]["path"] == records.name_of(1)
 
 
 def test_a_store_without_a_trail(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
 from memfs.filesystem.control import MountFacts
-from memfs.filesystem.handles import Handle
+from memfs.filesystem.handles.handle import Handle
 from memfs.filesystem.link import Link
 from memfs.filesystem.tree import Tree
 from memfs.vault.store import HIDDEN_DIR, Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from memfs.filesystem.handles import Handle
+from memfs.filesystem.handles.handle import Handle
 
 from .conftest import Forest
 

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from memfs.filesystem.later import Later
-from memfs.filesystem.upkeep import Upkeep
-from memfs.vault import versions
+from memfs.filesystem.past.later import Later
+from memfs.filesystem.past.upkeep import Upkeep
+from memfs.vault.versions import records
 
 from .conftest import Forest, until
 
@@ -29,9 +29,9 @@ def made(forest: Forest, name: str, count: int) -> str:
 
 def aged(forest: Forest, cube_id: str, *ages: timedelta) -> list[str]:
     """Makes versions look older: each is renamed to a time so long ago; their new names."""
-    base = forest.root / versions.directory(cube_id)
-    stamps = versions.stamps(forest.store, cube_id)
-    new = [versions.stamp_of(datetime.now(UTC) - age) for age in ages]
+    base = forest.root / records.directory(cube_id)
+    stamps = records.stamps(forest.store, cube_id)
+    new = [records.stamp_of(datetime.now(UTC) - age) for age in ages]
     for old, stamp in zip(stamps, new, strict=True):
         os.rename(base / old, base / stamp)
     forest.catalogue.history.forget(cube_id)
@@ -50,7 +50,7 @@ def test_the_policy_is_applied(forest: Forest) -> None:
         forest, cube_id, 400 * day, 400 * day - timedelta(seconds=9), 40 * day, day / 2, day / 4
     )
     prune(forest)
-    left = versions.stamps(forest.store, cube_id)
+    left = records.stamps(forest.store, cube_id)
     assert left in (stamps[1:], stamps)  # unless a week ended within those nine seconds
     assert forest.read(f"law/.versions/{left[-1]}/payload.md").startswith(b"law 4")
 
@@ -60,7 +60,7 @@ def test_the_last_version_of_a_living_cube_stays_whatever_its_age(forest: Forest
     stamps = aged(forest, cube_id, timedelta(days=4000))
     forest.catalogue.history.budget = 1
     prune(forest)
-    assert versions.stamps(forest.store, cube_id) == stamps
+    assert records.stamps(forest.store, cube_id) == stamps
 
 
 def test_a_deleted_cube_goes_after_a_month(forest: Forest) -> None:
@@ -73,21 +73,21 @@ def test_a_deleted_cube_goes_after_a_month(forest: Forest) -> None:
     aged(forest, ids[0], timedelta(days=32), timedelta(days=31))
     aged(forest, ids[1], timedelta(days=30), timedelta(days=29))
     prune(forest)
-    assert versions.cube_ids(forest.store) == [ids[1]]
-    assert len(versions.stamps(forest.store, ids[1])) == 2
+    assert records.cube_ids(forest.store) == [ids[1]]
+    assert len(records.stamps(forest.store, ids[1])) == 2
 
 
 def test_beyond_the_budget_the_oldest_go(forest: Forest) -> None:
     one, two = made(forest, "one", 4), made(forest, "two", 4)
-    everything = {i: versions.stamps(forest.store, i) for i in (one, two)}
+    everything = {i: records.stamps(forest.store, i) for i in (one, two)}
     size = sum(
-        sum(versions.blocks(forest.store, i, stamp).values())
+        sum(records.blocks(forest.store, i, stamp).values())
         for i, stamps in everything.items()
         for stamp in stamps
     )
     forest.catalogue.history.budget = size * 2 // 3
     prune(forest)
-    left = {i: versions.stamps(forest.store, i) for i in (one, two)}
+    left = {i: records.stamps(forest.store, i) for i in (one, two)}
     for cube_id, stamps in left.items():
         assert stamps == everything[cube_id][-len(stamps) :]
     assert len(left[one]) < len(left[two]) == 4  # the first cube's are all older

@@ -10,8 +10,8 @@ import pytest
 
 from memfs.cube.access import Caller
 from memfs.filesystem.context import Context
+from memfs.filesystem.handles.making import Makers
 from memfs.filesystem.link import Making
-from memfs.filesystem.making import Makers
 
 from .conftest import Forest, until
 

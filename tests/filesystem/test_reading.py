@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfs.filesystem.reading import counts
+from memfs.filesystem.handles.reading import counts
 
 HEADER, SIZE = 5000, 40_000_000
 SMALL = 40_208

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from memfs.cube import metadata
-from memfs.vault.archive_check import check
-from memfs.vault.archive_load import load, plan
+from memfs.vault.archive.check import check
+from memfs.vault.archive.load import load, plan
 from memfs.vault.store import Store
 from tests.users import open_way
 

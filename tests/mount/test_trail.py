@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from memfs.vault import trail
 from memfs.vault.store import Store
+from memfs.vault.trail import records
 from tests.mount.conftest import Mount, has_ended, mounted_at, until
 from tests.users import as_user, needs_root
 
@@ -108,7 +108,7 @@ def test_a_killed_mount_loses_no_event(tmp_path: Path) -> None:
             until(mount.has_index)
         assert [kinds(mount, f"c{n}")[:1] for n in range(5)] == [["created"]] * 5
     with Store.open(mount.store) as store:
-        assert list(trail.problems(store)) == []
+        assert list(records.problems(store)) == []
 
 
 def test_a_kill_halfway_through_a_write_loses_no_event(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from memfs.vault import versions
 from memfs.vault.rename import RENAME_EXCHANGE, renameat2
 from memfs.vault.store import Store
-from memfs.vault.versions import Version
+from memfs.vault.versions import records
+from memfs.vault.versions.records import Version
 from tests.users import open_way
 
 from .conftest import Mount, has_ended, mounted_at, needs_root, until
@@ -29,7 +29,7 @@ from .test_posix import as_user
 def history(mount: Mount, cube_id: str) -> list[Version]:
     """A cube's versions, read beside the mount."""
     with Store.open(mount.store) as store:
-        return [versions.read(store, cube_id, stamp) for stamp in versions.stamps(store, cube_id)]
+        return [records.read(store, cube_id, stamp) for stamp in records.stamps(store, cube_id)]
 
 
 def events(mount: Mount, cube_id: str) -> list[str]:
@@ -157,7 +157,7 @@ def test_a_copy_begins_a_history_of_its_own(mount: Mount) -> None:
     assert (version.event, version.origin) == ("copied", first)
     settled(mount)
     with Store.open(mount.store) as store:
-        assert sorted(versions.cube_ids(store)) == sorted([first, second])
+        assert sorted(records.cube_ids(store)) == sorted([first, second])
     assert "deleted" not in events(mount, first) + events(mount, second)
 
 
@@ -172,7 +172,7 @@ def test_a_cube_from_elsewhere_keeps_its_id(mount: Mount, tmp_path: Path) -> Non
     settled(mount)
     assert events(mount, cube_id) == ["created", "deleted", "restored"]
     with Store.open(mount.store) as store:
-        assert versions.cube_ids(store) == [cube_id]
+        assert records.cube_ids(store) == [cube_id]
 
 
 def test_changes_beside_the_mount_and_while_there_is_none(mount: Mount) -> None:
@@ -213,7 +213,7 @@ def test_killed_just_after_a_close(tmp_path: Path) -> None:
         until(lambda pid=mount.pid: has_ended(pid))
         wanted = ["one\n", *(f"text {number}\n" for number in range(20))]
         assert texts(mount, cube_id) == wanted
-        base = mount.store / versions.directory(cube_id)
+        base = mount.store / records.directory(cube_id)
         (base / ".memfs-tmp-0123").mkdir()
         (mount.store / "law/payload.md").write_text("beside\n")
         mount.start()
@@ -252,7 +252,7 @@ def test_a_large_adapter_is_copied_behind(mount: Mount) -> None:
 def test_where_no_version_can_be_made_the_write_succeeds(mount: Mount) -> None:
     cube = mount.cube("law", "one\n")
     cube_id = id_of(cube)
-    base = mount.store / versions.directory(cube_id)
+    base = mount.store / records.directory(cube_id)
     os.rename(base, base.with_name("away"))
     base.write_text("no directory")  # what a full disk does, to root too
     (cube / "payload.md").write_text("two\n")

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 
 from memfs.cube import metadata
 from memfs.errors import BadArchive, InvalidRequest, MemfsError, NotACube, NotAllowed, NotFound
-from memfs.vault import archive
-from memfs.vault.archive import MANIFEST, SIGNATURE, SUMS
-from memfs.vault.archive_check import Checked, check
-from memfs.vault.archive_dump import Choice, Dump, Source
-from memfs.vault.archive_load import load, plan
+from memfs.vault.archive import contents
+from memfs.vault.archive.check import Checked, check
+from memfs.vault.archive.contents import MANIFEST, SIGNATURE, SUMS
+from memfs.vault.archive.dump import Choice, Dump, Source
+from memfs.vault.archive.load import load, plan
 from memfs.vault.store import Store
 
 WHEN = 1_700_000_000_123_456_789
@@ -312,12 +312,12 @@ class Forged:
         cube = self.manifest["cubes"][0]
         cube["entries"].append({"name": name, "bytes": len(data), "mode": "0644", "mtime_ns": 0})
         cube["entries"][-1] |= entry
-        cube["entries"].sort(key=lambda e: archive.order(e["name"]))
+        cube["entries"].sort(key=lambda e: contents.order(e["name"]))
         member = tarfile.TarInfo(f"{cube['path']}/{name}")
         member.size = len(data)
         member.mode = 0o644
         self.members.append((member, data))
-        self.members.sort(key=lambda item: archive.order(item[0].name))
+        self.members.sort(key=lambda item: contents.order(item[0].name))
         return self
 
     def lists(self) -> list[tuple[str, bytes]]:
@@ -325,7 +325,7 @@ class Forged:
         files = [(MANIFEST, manifest)]
         files += [(m.name, data) for m, data in self.members if not m.isdir()]
         digests = [(name, hashlib.sha256(data).hexdigest()) for name, data in files]
-        return [(SUMS, archive.sums_bytes(digests + self.extra_sums)), (MANIFEST, manifest)]
+        return [(SUMS, contents.sums_bytes(digests + self.extra_sums)), (MANIFEST, manifest)]
 
     def bytes(self) -> bytes:
         out = io.BytesIO()
@@ -344,7 +344,7 @@ def spliced(good: bytes, at: str, raw: bytes, *, instead: int = 0) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(good)) as opened:
         offset = opened.getmember(at).offset
     found = good[:offset] + raw + good[offset + instead :]
-    return found + archive.padding(len(found), archive.RECORD)
+    return found + contents.padding(len(found), contents.RECORD)
 
 
 def header(name: str, kind: bytes, *, size: int = 0, link: str = "", **pax: str) -> bytes:
@@ -393,7 +393,7 @@ def dropped(good: bytes) -> bytes:
 
 
 def doubled(good: bytes) -> bytes:
-    member = archive.member_header("law/payload.md", size=1)
+    member = contents.member_header("law/payload.md", size=1)
     return spliced(good, "work/alpha/notes", member + b"x" + bytes(511))
 
 
@@ -419,9 +419,9 @@ def bomb(good: bytes) -> bytes:
     entry = next(e for e in forged.manifest["cubes"][0]["entries"] if e["name"] == "payload.md")
     entry["bytes"] = size
     data = forged.bytes()
-    old = archive.member_header("law/payload.md", size=11, mode=0o640)
-    data = data.replace(old, archive.member_header("law/payload.md", size=size, mode=0o640))
-    return data + archive.padding(len(data), archive.RECORD)
+    old = contents.member_header("law/payload.md", size=11, mode=0o640)
+    data = data.replace(old, contents.member_header("law/payload.md", size=size, mode=0o640))
+    return data + contents.padding(len(data), contents.RECORD)
 
 
 def sparse(good: bytes) -> bytes:
@@ -476,7 +476,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "time unlike the manifest": (lambda g: with_field(g, 136, b"7" * 11), "not as memfs dump"),
     "something in unused bytes": (lambda g: with_field(g, 500, b"hidden"), "not as memfs dump"),
     "wrong header checksum": (
-        lambda g: spliced(g, "law", archive.member_header("lax", size=0).replace(b"x", b"w", 1)),
+        lambda g: spliced(g, "law", contents.member_header("lax", size=0).replace(b"x", b"w", 1)),
         "is damaged or no tar header",
     ),
     "pax path": (
@@ -507,7 +507,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "unknown kind": (lambda g: spliced(g, "law", header("law", b"Z")), "not as memfs dump"),
     "twice": (doubled, r"'law/payload\.md' is in it twice"),
     "unlisted": (
-        lambda g: spliced(g, "law", archive.member_header("a", size=0)),
+        lambda g: spliced(g, "law", contents.member_header("a", size=0)),
         "'a' stands where 'law' must",
     ),
     "missing": (dropped, r"'law/notes\.txt' is not in SHA256SUMS"),
@@ -609,11 +609,11 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "more in the manifest": (recoded(lambda m: m.update(more=1)), "not written as memfs dump"),
     "gzip": (lambda g: b"\x1f\x8b\x08" + g, "compressed .gzip"),
     "zip": (lambda g: b"PK\x03\x04" + g, "compressed .zip"),
-    "trailing bytes": (lambda g: g + b"x" * archive.RECORD, "goes on for 10240 bytes"),
-    "trailing zeros": (lambda g: g + bytes(archive.RECORD), "goes on for 10240 bytes"),
+    "trailing bytes": (lambda g: g + b"x" * contents.RECORD, "goes on for 10240 bytes"),
+    "trailing zeros": (lambda g: g + bytes(contents.RECORD), "goes on for 10240 bytes"),
     "concatenated": (lambda g: g + g, "goes on for"),
     "cut short": (lambda g: g[:-1000], "cut short"),
-    "cut to records": (lambda g: g[: archive.RECORD], "ends behind|ends where|damaged"),
+    "cut to records": (lambda g: g[: contents.RECORD], "ends behind|ends where|damaged"),
     "something in the padding": (
         lambda g: g.replace(b"Some text.\n\0", b"Some text.\nx"),
         "followed by something else than zeros",
@@ -621,7 +621,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "something after the end": (lambda g: g[:-1] + b"x", "the end"),
     "empty": (lambda g: b"", "0 bytes long"),
     "no tar": (lambda g: b"hello" * 4096, "damaged or no tar"),
-    "zeros": (lambda g: bytes(archive.RECORD), "ends where 'SHA256SUMS' must"),
+    "zeros": (lambda g: bytes(contents.RECORD), "ends where 'SHA256SUMS' must"),
 }
 
 

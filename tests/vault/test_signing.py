@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from memfs.errors import MemfsError, NotFound, Untrusted
-from memfs.vault import signing
+from memfs.vault.archive import signing
 
 pytestmark = pytest.mark.skipif(
     shutil.which("ssh-keygen") is None, reason="ssh-keygen (openssh-client) is not installed"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from memfs.vault import trail, trail_writer
 from memfs.vault.store import Store
-from memfs.vault.trail_writer import Trail
+from memfs.vault.trail import records, writer
+from memfs.vault.trail.writer import Trail
 
 
 @pytest.fixture
@@ -36,32 +36,32 @@ def fill(store: Store, count: int = 12, **more: str) -> None:
 
 
 def names(store: Store) -> list[str]:
-    return [event["path"] for event in trail.events(store) if "path" in event]
+    return [event["path"] for event in records.events(store) if "path" in event]
 
 
 def said(store: Store) -> list[str]:
     """What the trail tells of itself."""
-    return [event["what"] for event in trail.events(store) if event["event"] == "trail"]
+    return [event["what"] for event in records.events(store) if event["event"] == "trail"]
 
 
 def file_of(store: Store, number: int = 1) -> Path:
-    return store.root / trail.name_of(number)
+    return store.root / records.name_of(number)
 
 
 def whats(store: Store) -> list[str]:
-    return [problem.what for problem in trail.problems(store)]
+    return [problem.what for problem in records.problems(store)]
 
 
 def test_events_in_their_order(store: Store) -> None:
     with Trail(store) as open_trail:
         assert open_trail.append({"event": "mounted", "path": "a\udcff"}) == 1
         assert open_trail.append({"event": "asked", "time": 7.5, "seq": 9, "hash": "x"}) == 2
-        first, second = trail.events(store)
+        first, second = records.events(store)
         assert (first["seq"], first["path"]) == (1, "a\udcff")
         assert abs(first["time"] - time.time()) < 60
         assert (second["seq"], second["event"], second["time"]) == (2, "asked", 7.5)
         assert second["prev"] == first["hash"]
-        assert list(trail.events(store, after=1)) == [second]
+        assert list(records.events(store, after=1)) == [second]
         assert whats(store) == []
     assert whats(store) == []
 
@@ -77,7 +77,7 @@ def test_a_hash_can_be_made_without_memfs(store: Store) -> None:
 def test_it_goes_on_where_it_ended(store: Store) -> None:
     for _ in range(3):
         fill(store, 4)
-    assert [event["seq"] for event in trail.events(store)] == list(range(1, 13))
+    assert [event["seq"] for event in records.events(store)] == list(range(1, 13))
     assert said(store) == []
     assert whats(store) == []
 
@@ -87,7 +87,7 @@ def test_nobody_else_reads_it(store: Store) -> None:
         os.chown(store.root, 4321, 1234)
         os.chown(store.control_dir, 4321, 1234)
     fill(store)
-    for path in (store.root / trail.TRAIL, store.root / trail.HEAD, file_of(store)):
+    for path in (store.root / records.TRAIL, store.root / records.HEAD, file_of(store)):
         found = path.stat()
         assert not stat.S_IMODE(found.st_mode) & 0o077, path
         assert found.st_uid == store.root.stat().st_uid, path
@@ -111,7 +111,7 @@ def test_many_threads_make_one_chain(store: Store) -> None:
 
 def test_any_byte_that_is_changed_is_found(store: Store) -> None:
     fill(store, 3)
-    for file in (file_of(store), store.root / trail.HEAD):
+    for file in (file_of(store), store.root / records.HEAD):
         whole = file.read_bytes()
         for place in range(len(whole)):
             for bit in (0x01, 0x20):
@@ -162,7 +162,7 @@ def rehashed(lines: list[bytes]) -> list[bytes]:
     """A line that was changed and given a hash that is right for it."""
     event = json.loads(lines[4])
     content = {n: v for n, v in event.items() if n not in ("seq", "time", "prev", "hash")}
-    forged, _ = trail.render(
+    forged, _ = records.render(
         event["seq"], event["time"], content | {"path": "forged"}, event["prev"]
     )
     return [*lines[:4], forged, *lines[5:]]
@@ -186,9 +186,9 @@ def test_lines_that_are_changed_as_a_whole_are_found(
 
 
 def test_a_file_that_is_gone_is_missed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trail_writer, "FILE_BYTES", 1000)
+    monkeypatch.setattr(writer, "FILE_BYTES", 1000)
     fill(store, 40)
-    files = trail.list_files(store)
+    files = records.list_files(store)
     assert len(files) > 5
     for number in (files[0], files[2], files[-1]):
         kept = file_of(store, number).read_bytes()
@@ -206,7 +206,7 @@ def test_a_file_that_is_gone_is_missed(store: Store, monkeypatch: pytest.MonkeyP
 
 def test_the_head_is_missed(store: Store) -> None:
     fill(store)
-    (store.root / trail.HEAD).unlink()
+    (store.root / records.HEAD).unlink()
     assert "missing" in whats(store)[0]
     fill(store, 1)
     assert said(store) == ["head was missing"]
@@ -216,13 +216,13 @@ def test_the_head_is_missed(store: Store) -> None:
 def test_the_oldest_files_go_whole_and_the_rest_has_a_beginning(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trail_writer, "FILE_BYTES", 1000)
-    monkeypatch.setattr(trail_writer, "KEEP_FILES", 3)
+    monkeypatch.setattr(writer, "FILE_BYTES", 1000)
+    monkeypatch.setattr(writer, "KEEP_FILES", 3)
     fill(store, 60)
-    files = trail.list_files(store)
+    files = records.list_files(store)
     assert len(files) == 3
     assert files[0] > 1
-    assert [event["seq"] for event in trail.events(store)] == list(range(files[0], 61))
+    assert [event["seq"] for event in records.events(store)] == list(range(files[0], 61))
     assert whats(store) == []
     first = file_of(store, files[0])
     lines = first.read_bytes().splitlines(keepends=True)
@@ -247,9 +247,9 @@ def test_half_a_line_is_cut_off_and_said_so(store: Store, rest: bytes) -> None:
 def test_lines_younger_than_the_head_are_kept(store: Store) -> None:
     """As after kill -9: everything was written, and the last second not flushed."""
     fill(store, 5)
-    head = (store.root / trail.HEAD).read_bytes()
+    head = (store.root / records.HEAD).read_bytes()
     fill(store, 5)
-    (store.root / trail.HEAD).write_bytes(head)
+    (store.root / records.HEAD).write_bytes(head)
     assert whats(store) == []
     fill(store, 1)
     assert said(store) == []
@@ -260,16 +260,16 @@ def test_lines_younger_than_the_head_are_kept(store: Store) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from memfs.vault import trail_writer
+from memfs.vault.trail import writer
 from memfs.vault.store import Store
-trail_writer.FILE_BYTES, trail_writer.KEEP_FILES = 30_000, 10_000
-trail = trail_writer.Trail(Store.open(Path(sys.argv[1])))
+writer.FILE_BYTES, writer.KEEP_FILES = 30_000, 10_000
+trail = writer.Trail(Store.open(Path(sys.argv[1])))
 sys.stdout.write("ready\\n")
 sys.stdout.flush()
 number = 0
 while True:
     number += 1
-    trail.append({"event": "changed", "path": f"c{number}"})
+    records.append({"event": "changed", "path": f"c{number}"})
     os.write(1, f"{number}\\n".encode())
 """
 
@@ -321,8 +321,8 @@ def test_a_full_disk_fails_nothing_and_is_told_of(
 def test_no_symlink_is_followed(store: Store, tmp_path: Path) -> None:
     fill(store)
     elsewhere = tmp_path / "elsewhere"
-    (store.root / trail.TRAIL).rename(elsewhere)
-    (store.root / trail.TRAIL).symlink_to(elsewhere)
+    (store.root / records.TRAIL).rename(elsewhere)
+    (store.root / records.TRAIL).symlink_to(elsewhere)
     with pytest.raises(OSError, match="symbolic links") as raised:
         Trail(store)
     assert raised.value.errno == errno.ELOOP

@@ -18,11 +18,11 @@ import pytest
 
 from memfs.cube import metadata
 from memfs.errors import VersionDamaged
-from memfs.vault import versions, versions_make
 from memfs.vault.store import Store
-from memfs.vault.versions import LARGE, Version
-from memfs.vault.versions_files import Unfinished
-from memfs.vault.versions_look import look
+from memfs.vault.versions import making, records
+from memfs.vault.versions.files import Unfinished
+from memfs.vault.versions.look import look
+from memfs.vault.versions.records import LARGE, Version
 
 ID = "01234567-89ab-4cde-8f01-23456789abcd"
 BUDGET = 1 << 30
@@ -48,10 +48,10 @@ def write(store: Store, text: str, **descriptive: object) -> None:
 
 
 def make(store: Store, *, budget: int = BUDGET, patient: bool = False) -> Version | None:
-    previous = versions.newest(store, ID)
+    previous = records.newest(store, ID)
     present = look(store, "work/law", previous)
     assert present is not None
-    return versions_make.make(store, ID, present, previous, budget=budget, patient=patient)
+    return making.make(store, ID, present, previous, budget=budget, patient=patient)
 
 
 def made(store: Store, **options: object) -> Version:
@@ -75,11 +75,11 @@ def test_a_version_is_the_files_as_they_were(store: Store) -> None:
     assert second.event == "changed"
     assert second.stamp > first.stamp
     assert (place(store, first) / "payload.md").read_text() == "one"
-    assert versions.stamps(store, ID) == [first.stamp, second.stamp]
-    assert [versions.read(store, ID, v.stamp) for v in (first, second)] == [first, second]
-    assert versions.newest(store, ID, first.stamp) == first
-    assert versions.newest(store, ID, "2020") is None
-    assert versions.cube_ids(store) == [ID]
+    assert records.stamps(store, ID) == [first.stamp, second.stamp]
+    assert [records.read(store, ID, v.stamp) for v in (first, second)] == [first, second]
+    assert records.newest(store, ID, first.stamp) == first
+    assert records.newest(store, ID, "2020") is None
+    assert records.cube_ids(store) == [ID]
 
 
 def test_what_did_not_change_is_a_second_name(store: Store) -> None:
@@ -140,15 +140,15 @@ def test_a_move_and_an_end_are_versions_too(store: Store) -> None:
     os.rename(cube(store), store.root / "law")
     present = look(store, "law", first)
     assert present is not None
-    moved = versions_make.make(store, ID, present, first, budget=BUDGET, patient=False)
+    moved = making.make(store, ID, present, first, budget=BUDGET, patient=False)
     assert moved is not None
     assert (moved.event, moved.path) == ("moved", "law")
     assert moved.content == first.content
     shutil.rmtree(store.root / "law")
     assert look(store, "law", moved) is None
-    end = versions_make.bury(store, moved)
+    end = making.bury(store, moved)
     assert (end.deleted, end.files, end.path) == (True, {}, "law")
-    assert versions.newest(store, ID) == end
+    assert records.newest(store, ID) == end
     write(store, "one")
     again = made(store)
     assert (again.event, again.origin) == ("restored", moved.stamp)
@@ -165,20 +165,20 @@ def test_a_copy_says_what_of_and_an_arrival_brings_its_chain(store: Store) -> No
 
 
 def test_the_chain_has_an_end(store: Store) -> None:
-    for number in range(versions.CHAIN + 5):
+    for number in range(records.CHAIN + 5):
         write(store, f"text {number}")
         version = made(store)
-    assert len(version.chain) == versions.CHAIN
+    assert len(version.chain) == records.CHAIN
     assert version.payloads[-1] == hashlib.sha256(f"text {number}".encode()).hexdigest()
 
 
 def test_clocks_that_go_back(store: Store) -> None:
     early = datetime(2026, 11, 22, 10, 42, 13, 123456, UTC)
-    assert versions.stamp_after(None, early) == "2026-11-22T10:42:13.123456Z"
-    assert versions.stamp_after("2027-01-01T00:00:00.999999Z", early) == (
+    assert records.stamp_after(None, early) == "2026-11-22T10:42:13.123456Z"
+    assert records.stamp_after("2027-01-01T00:00:00.999999Z", early) == (
         "2027-01-01T00:00:01.000000Z"
     )
-    assert versions.moment_of("2026-11-22T10:42:13.123456Z") == early
+    assert records.moment_of("2026-11-22T10:42:13.123456Z") == early
 
 
 def weights(store: Store, byte: bytes, size: int = LARGE) -> Path:
@@ -201,12 +201,12 @@ def test_large_weights_are_linked_at_once_and_copied_later(store: Store) -> None
     assert (place(store, first) / name).samefile(live)
     write(store, "two")
     second = made(store)
-    whole = [versions_make.complete(store, ID, v.stamp) for v in (first, second)]
+    whole = [making.complete(store, ID, v.stamp) for v in (first, second)]
     for version in whole:
         assert version.files[name].sha256 == hashlib.sha256(b"a" * LARGE).hexdigest()
         assert not version.files[name].linked
         assert not (place(store, version) / name).samefile(live)
-        assert version == versions.read(store, ID, version.stamp)
+        assert version == records.read(store, ID, version.stamp)
     assert (place(store, first) / name).samefile(place(store, second) / name)
     assert live.stat().st_nlink == 1
     assert make(store) is None
@@ -221,7 +221,7 @@ def test_weights_that_were_changed_in_place_before_the_copy_are_given_up(store: 
         pytest.skip("this disk shares blocks")
     with live.open("r+b") as file:
         file.write(b"b")
-    whole = versions_make.complete(store, ID, first.stamp)
+    whole = making.complete(store, ID, first.stamp)
     assert not whole.files[name].kept
     assert not (place(store, first) / name).exists()
 
@@ -252,7 +252,7 @@ def test_where_nothing_can_be_linked_the_copy_waits_for_somebody_patient(
     try:
         version = made(store)
     except Unfinished:
-        assert versions.stamps(store, ID) == []
+        assert records.stamps(store, ID) == []
         version = made(store, patient=True)
         assert version.files[name].sha256 == hashlib.sha256(b"a" * LARGE).hexdigest()
     write(store, "two")
@@ -271,7 +271,7 @@ def test_a_full_disk_leaves_nothing_half_made(store: Store) -> None:
             make(store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.listdir(store.root / versions.directory(ID)) == [first.stamp]
+    assert os.listdir(store.root / records.directory(ID)) == [first.stamp]
     assert made(store).event == "changed"
 
 
@@ -280,30 +280,30 @@ def test_removing_one_leaves_the_others_whole(store: Store) -> None:
     first = made(store)
     write(store, "two")
     second = made(store)
-    versions_make.remove(store, ID, first.stamp)
-    assert versions.stamps(store, ID) == [second.stamp]
+    making.remove(store, ID, first.stamp)
+    assert records.stamps(store, ID) == [second.stamp]
     assert json.loads((place(store, second) / "meta.json").read_text())["memfs"] == 1
-    versions_make.remove(store, ID, second.stamp)
-    assert versions.cube_ids(store) == []
+    making.remove(store, ID, second.stamp)
+    assert records.cube_ids(store) == []
 
 
 def test_what_a_kill_left_is_removed(store: Store) -> None:
     write(store, "one")
     first = made(store)
-    base = store.root / versions.directory(ID)
+    base = store.root / records.directory(ID)
     (base / ".memfs-tmp-dead").mkdir()
     (base / ".memfs-tmp-dead/payload.md").touch()
-    assert versions.stamps(store, ID) == [first.stamp]
-    versions_make.remove_leftovers(store, ID, before=0)
+    assert records.stamps(store, ID) == [first.stamp]
+    making.remove_leftovers(store, ID, before=0)
     assert (base / ".memfs-tmp-dead").exists()
-    versions_make.remove_leftovers(store, ID, before=2e9)
+    making.remove_leftovers(store, ID, before=2e9)
     assert os.listdir(base) == [first.stamp]
 
 
 def test_descriptions_are_not_trusted(store: Store) -> None:
     write(store, "one")
     version = made(store)
-    file = place(store, version) / versions.DESCRIPTION
+    file = place(store, version) / records.DESCRIPTION
     for change in (
         {"path": "../out"},
         {"path": "/etc"},
@@ -316,20 +316,20 @@ def test_descriptions_are_not_trusted(store: Store) -> None:
         file.unlink()
         file.write_text(json.dumps(version.to_json() | change))
         with pytest.raises(VersionDamaged):
-            versions.read(store, ID, version.stamp)
+            records.read(store, ID, version.stamp)
     file.write_text("{")
     with pytest.raises(VersionDamaged):
-        versions.read(store, ID, version.stamp)
-    assert versions.newest(store, ID) is None
+        records.read(store, ID, version.stamp)
+    assert records.newest(store, ID) is None
 
 
 def test_the_mark_of_a_mount_at_work(store: Store) -> None:
-    assert versions_make.mark(store) is None
-    versions_make.mark_flushed(store, 1234.5)
-    assert versions_make.mark(store) == 1234.5
-    versions_make.unmark(store)
-    assert versions_make.mark(store) is None
-    assert versions.cube_ids(store) == []
+    assert making.mark(store) is None
+    making.mark_flushed(store, 1234.5)
+    assert making.mark(store) == 1234.5
+    making.unmark(store)
+    assert making.mark(store) is None
+    assert records.cube_ids(store) == []
 
 
 @pytest.mark.parametrize("kind", ["btrfs", "xfs"])
@@ -362,7 +362,7 @@ def test_new_content_shares_blocks_where_the_disk_can(tmp_path: Path, kind: str)
             with live.open("r+b") as opened:
                 opened.write(b"b")
             assert (place(store, version) / name).read_bytes()[:1] == b"a"
-            whole = versions_make.complete(store, ID, version.stamp)
+            whole = making.complete(store, ID, version.stamp)
             assert whole.files[name].sha256 == hashlib.sha256(b"a" * (64 << 20)).hexdigest()
     finally:
         subprocess.run(["umount", disk], check=True)

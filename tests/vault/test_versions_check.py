@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from memfs.cube import metadata
-from memfs.vault import versions, versions_make
 from memfs.vault.store import Store
-from memfs.vault.versions import Version
-from memfs.vault.versions_check import problems
-from memfs.vault.versions_look import look
+from memfs.vault.versions import making, records
+from memfs.vault.versions.check import problems
+from memfs.vault.versions.look import look
+from memfs.vault.versions.records import Version
 
 ID = "01234567-89ab-4cde-8f01-23456789abcd"
 
@@ -35,10 +35,10 @@ def version(store: Store) -> Version:
     (cube / "meta.json").write_bytes(metadata.render(meta))
     for text in ("one", "two"):
         (cube / "payload.md").write_text(text)
-        previous = versions.newest(store, ID)
+        previous = records.newest(store, ID)
         present = look(store, "law", previous)
         assert present is not None
-        made = versions_make.make(store, ID, present, previous, budget=1 << 30, patient=True)
+        made = making.make(store, ID, present, previous, budget=1 << 30, patient=True)
         assert made is not None
     return made
 
@@ -78,14 +78,14 @@ def test_each_kind_is_found_and_set_aside(store: Store, version: Version, what: 
 
 
 def test_beside_a_mount_what_is_unfinished_is_well(store: Store, version: Version) -> None:
-    (store.root / version.directory).rename(store.root / versions.ROOT / ID / ".memfs-tmp-1")
+    (store.root / version.directory).rename(store.root / records.ROOT / ID / ".memfs-tmp-1")
     assert list(problems(store, live=True)) == []
     assert len(list(problems(store))) == 1
 
 
 def test_a_deletion_and_the_mark_are_well(store: Store, version: Version) -> None:
-    versions_make.mark(store)
-    versions_make.bury(store, version)
+    making.mark(store)
+    making.bury(store, version)
     assert list(problems(store)) == []
     counts: list[int] = []
     assert list(problems(store, progress=counts.append)) == []

@@ -19,8 +19,8 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
-from memfs.filesystem.handles import Handle, OpenFile
-from memfs.filesystem.passthrough import Passed, Passthrough
+from memfs.filesystem.handles.handle import Handle, OpenFile
+from memfs.filesystem.handles.passthrough import Passed, Passthrough
 from memfs.vault.sig import Sig, settled_sig, sig_of
 
 _KEPT = 4096

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from memfs.errors import VersionDamaged
 from memfs.index.cubes import Found
 from memfs.operation import retention
-from memfs.vault import versions, versions_make
 from memfs.vault.aside import Aside
-from memfs.vault.versions_check import damage_of
+from memfs.vault.versions import making, records
+from memfs.vault.versions.check import damage_of
 
 if TYPE_CHECKING:
-    from memfs.filesystem.historian import Historian
+    from memfs.filesystem.past.historian import Historian
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Upkeep:
         if self._compared:
             return
         self._compared = True
-        known, flushed = set(versions.cube_ids(self._store)), self._historian.flushed
+        known, flushed = set(records.cube_ids(self._store)), self._historian.flushed
         for path, facts in self._cubes(""):
             if facts.id is not None:
                 if flushed is not None and facts.id in known:
@@ -73,13 +73,13 @@ class Upkeep:
 
     def _set_torn_aside(self, cube_id: str, flushed: float) -> None:
         """Takes the newest versions out of the way as far as they are damaged, and that young."""
-        youngest = versions.stamp_of(datetime.fromtimestamp(flushed, UTC))
-        for stamp in reversed(versions.stamps(self._store, cube_id)):
+        youngest = records.stamp_of(datetime.fromtimestamp(flushed, UTC))
+        for stamp in reversed(records.stamps(self._store, cube_id)):
             if stamp < youngest:
                 return
             damage = damage_of(self._store, cube_id, stamp)
             if damage is not None:
-                place = Aside(self._store).put(versions.directory(cube_id, stamp))
+                place = Aside(self._store).put(records.directory(cube_id, stamp))
                 log.warning("the version %s of %s %s; it is in %s", stamp, cube_id, damage, place)
                 self._historian.forget(cube_id)
 
@@ -89,7 +89,7 @@ class Upkeep:
         if self._keeper.reason:
             return  # without an index nobody knows which cubes live
         now, held = datetime.now(UTC), []
-        for cube_id in versions.cube_ids(self._store):
+        for cube_id in records.cube_ids(self._store):
             with self._historian.lock(cube_id):
                 held += self._pruned(cube_id, now)
             self._breathe()
@@ -102,17 +102,17 @@ class Upkeep:
         newest = self._historian.newest(cube_id)
         lives = self._keeper.ask(lambda index: index.by_id(cube_id) is not None, True)
         deleted = newest is not None and newest.deleted and not lives
-        stamps = versions.stamps(self._store, cube_id)
-        times = [versions.moment_of(stamp) for stamp in stamps]
+        stamps = records.stamps(self._store, cube_id)
+        times = [records.moment_of(stamp) for stamp in stamps]
         for time_ in retention.expired(times, now, deleted=deleted):
-            stamp = versions.stamp_of(time_)
+            stamp = records.stamp_of(time_)
             self._historian.remove(cube_id, stamp)
             stamps.remove(stamp)
         return [
             retention.Held(
                 cube_id,
                 stamp,
-                versions.blocks(self._store, cube_id, stamp),
+                records.blocks(self._store, cube_id, stamp),
                 protected=stamp == stamps[-1] and not deleted,
             )
             for stamp in stamps
@@ -120,11 +120,11 @@ class Upkeep:
 
     def _clear_up(self) -> None:
         """Removes leftovers of the mount that was killed, and goes on with what was only linked."""
-        for cube_id in versions.cube_ids(self._store):
-            versions_make.remove_leftovers(self._store, cube_id, self._historian.started)
-            for stamp in versions.stamps(self._store, cube_id):
+        for cube_id in records.cube_ids(self._store):
+            making.remove_leftovers(self._store, cube_id, self._historian.started)
+            for stamp in records.stamps(self._store, cube_id):
                 with contextlib.suppress(VersionDamaged):
-                    if versions_make.is_wanting(versions.read(self._store, cube_id, stamp)):
+                    if making.is_wanting(records.read(self._store, cube_id, stamp)):
                         self._historian.complete(cube_id, stamp)
             self._breathe()
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from memfs.cube import layout
-from memfs.vault import versions
 from memfs.vault.publish import publish_bytes, write_all
 from memfs.vault.store import Store, give_to_owner
-from memfs.vault.versions import CHAIN, DESCRIPTION, Entry, Link, Version
-from memfs.vault.versions_files import NEW, completed, keep
-from memfs.vault.versions_look import Present, content_of, event_for
+from memfs.vault.versions import records
+from memfs.vault.versions.files import NEW, completed, keep
+from memfs.vault.versions.look import Present, content_of, event_for
+from memfs.vault.versions.records import CHAIN, DESCRIPTION, Entry, Link, Version
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -64,7 +64,7 @@ def make(
                 store, temporary, present.path, name, entry, previous, budget, patient
             )
         # What was copied counts, and not what was there when it was looked at.
-        stamp = versions.stamp_after(previous.stamp if previous else None)
+        stamp = records.stamp_after(previous.stamp if previous else None)
         payload = files.get(layout.PAYLOAD)
         chain = previous.chain if previous else tuple(Link("", "", p) for p in present.payloads)
         own = Link(stamp, content_of(files, present.meaning), payload.sha256 if payload else None)
@@ -86,9 +86,9 @@ def make(
 def bury(store: Store, previous: Version) -> Version:
     """Records that a cube is gone: a version without files. Raises OSError."""
     with _making(store, previous.cube_id) as (_, finish):
-        stamp = versions.stamp_after(previous.stamp)
+        stamp = records.stamp_after(previous.stamp)
         version = replace(
-            previous, stamp=stamp, event=versions.DELETED, files={}, meaning=None, origin=None
+            previous, stamp=stamp, event=records.DELETED, files={}, meaning=None, origin=None
         )
         finish(version)
     return version
@@ -99,11 +99,11 @@ def complete(store: Store, cube_id: str, stamp: str) -> Version:
 
     Raises VersionDamaged, or OSError where it cannot be done, or it is not there any more.
     """
-    version = versions.read(store, cube_id, stamp)
+    version = records.read(store, cube_id, stamp)
     if not is_wanting(version):
         return version
-    before = [other for other in versions.stamps(store, cube_id) if other < stamp]
-    previous = versions.newest(store, cube_id, before[-1]) if before else None
+    before = [other for other in records.stamps(store, cube_id) if other < stamp]
+    previous = records.newest(store, cube_id, before[-1]) if before else None
     files = dict(version.files)
     directory = store.open_dir(version.directory)
     try:
@@ -129,7 +129,7 @@ def _is_wanting(entry: Entry) -> bool:
 
 def remove(store: Store, cube_id: str, stamp: str) -> None:
     """Removes a version; others have names of their own for the files that they share with it."""
-    base = store.open_dir(versions.directory(cube_id))
+    base = store.open_dir(records.directory(cube_id))
     try:
         gone = layout.TEMPORARY + secrets.token_hex(8)
         os.rename(stamp, gone, src_dir_fd=base, dst_dir_fd=base)
@@ -147,11 +147,11 @@ def take_over(store: Store, old_id: str, new_id: str) -> None:
     Of a cube that was made a moment ago, and has got its real header just now, nothing is: its one
     version differs from the next by nothing but the header that memfs gave it.
     """
-    old = versions.stamps(store, old_id)
+    old = records.stamps(store, old_id)
     if len(old) == 1:
         remove(store, old_id, old[0])
         return
-    source, target = store.open_dir(versions.directory(old_id)), _base(store, new_id)
+    source, target = store.open_dir(records.directory(old_id)), _base(store, new_id)
     try:
         for stamp in old:
             os.rename(stamp, stamp, src_dir_fd=source, dst_dir_fd=target)
@@ -163,7 +163,7 @@ def take_over(store: Store, old_id: str, new_id: str) -> None:
 
 def remove_leftovers(store: Store, cube_id: str, before: float) -> None:
     """Removes what was being made or removed before a time, when a process was killed."""
-    base = store.open_dir(versions.directory(cube_id))
+    base = store.open_dir(records.directory(cube_id))
     try:
         for name in filter(layout.is_temporary, os.listdir(base)):
             if os.stat(name, dir_fd=base, follow_symlinks=False).st_ctime < before:
@@ -235,7 +235,7 @@ def _making(store: Store, cube_id: str) -> Iterator[tuple[int, Finish]]:
 
 def _base(store: Store, cube_id: str = "") -> int:
     """The directory of a cube's versions, or of all, made where there is none."""
-    path = versions.directory(cube_id)
+    path = records.directory(cube_id)
     try:
         return store.open_dir(path)
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from typing import Any
 from memfs.cube import layout
 from memfs.vault.publish import publish_bytes
 from memfs.vault.store import Store, give_to_owner
-from memfs.vault.trail import (
+from memfs.vault.trail.records import (
     HEAD,
     START,
     TRAIL,

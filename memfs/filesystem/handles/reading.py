@@ -21,7 +21,7 @@ from memfs.cube import layout
 from memfs.filesystem.attributes import Status, altered
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, program
-from memfs.filesystem.handles import OpenFile
+from memfs.filesystem.handles.handle import OpenFile
 from memfs.filesystem.link import Link
 from memfs.filesystem.renewal import Ticket
 

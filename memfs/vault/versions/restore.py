@@ -22,8 +22,8 @@ from memfs.vault import rights
 from memfs.vault.identity import read_meta
 from memfs.vault.publish import sync_directory, write_all
 from memfs.vault.store import Store
-from memfs.vault.versions import Entry, Parent, Version
-from memfs.vault.versions_look import Present, look
+from memfs.vault.versions.look import Present, look
+from memfs.vault.versions.records import Entry, Parent, Version
 
 _KEPT_TODAY = (("governance", "access"), ("state", "frozen"))
 """What of a living cube's header is a right, and no content."""

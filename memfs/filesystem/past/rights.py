@@ -1,6 +1,6 @@
 """Who may read what was: by today's rights, less what was not given then.
 
-Used by ``past``; any thread.
+Used by ``tree``; any thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from memfs.cube.access import Caller
 from memfs.cube.acl import READ, SEARCH, Acl
 from memfs.vault.rights import acl_of
 from memfs.vault.store import Store
-from memfs.vault.versions import Entry, Parent, Version
+from memfs.vault.versions.records import Entry, Parent, Version
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from memfs.errors import RuntimeUnavailable
 from memfs.filesystem.attributes import ATTRIBUTE_SECONDS, Status
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import Handle
+from memfs.filesystem.handles.handle import Handle
 from memfs.filesystem.link import Link, Making
 
 POLL_SECONDS = 0.05

@@ -36,7 +36,7 @@ from memfs.filesystem import syscalls
 from memfs.filesystem.attributes import Status
 from memfs.filesystem.backing import Backing, give, mode_of_new
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import Handle
+from memfs.filesystem.handles.handle import Handle
 from memfs.vault.rights import acl_bytes, dress, write_acl
 
 log = logging.getLogger(__name__)

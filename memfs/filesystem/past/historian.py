@@ -23,16 +23,16 @@ from memfs.cube import layout, metadata
 from memfs.errors import MemfsError
 from memfs.filesystem import syscalls
 from memfs.filesystem.keeper import IndexKeeper
-from memfs.filesystem.later import Job, Later
-from memfs.filesystem.upkeep import Upkeep
-from memfs.vault import versions, versions_make
+from memfs.filesystem.past.later import Job, Later
+from memfs.filesystem.past.upkeep import Upkeep
 from memfs.vault.facts import CubeFacts
 from memfs.vault.identity import read_meta
 from memfs.vault.sig import Sig
 from memfs.vault.store import Store
-from memfs.vault.versions import Entry, Version
-from memfs.vault.versions_files import Unfinished
-from memfs.vault.versions_look import Present, look
+from memfs.vault.versions import making, records
+from memfs.vault.versions.files import Unfinished
+from memfs.vault.versions.look import Present, look
+from memfs.vault.versions.records import Entry, Version
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Historian:
         if not self.enabled:
             return
         try:
-            self.flushed = versions_make.mark(self.store)
+            self.flushed = making.mark(self.store)
         except OSError as e:
             self.enabled = False
             log.warning("no versions are made: %s", e)
@@ -109,14 +109,14 @@ class Historian:
             undone |= self._is_flushing()
         if not undone and not self.broken_off:
             with contextlib.suppress(OSError):
-                versions_make.unmark(self.store)
+                making.unmark(self.store)
 
     def newest(self, cube_id: str) -> Version | None:
         """A cube's last version; None where there is none, or none that may be read."""
         if cube_id in self._newest:
             return self._newest[cube_id]
         try:
-            found = versions.newest(self.store, cube_id)
+            found = records.newest(self.store, cube_id)
         except OSError as e:
             log.info("versions of %s: %s", cube_id, e)
             return None
@@ -178,7 +178,7 @@ class Historian:
                 if present is None or (hasty and _has_lost(previous, present)):
                     self._settle_later(path, cube_id)
                     return False
-                version = versions_make.make(
+                version = making.make(
                     self.store, cube_id, present, previous, budget=self.budget, patient=patient
                 )
                 if version is not None:
@@ -212,12 +212,12 @@ class Historian:
         with self.lock(cube_id):
             newest = self.newest(cube_id)
             if newest is not None and not newest.deleted:
-                self._note(versions_make.bury(self.store, newest), newest)
+                self._note(making.bury(self.store, newest), newest)
         return True
 
     def complete(self, cube_id: str, stamp: str) -> None:
         """Has a version's large files copied and read."""
-        whole = versions_make.complete(self.store, cube_id, stamp)
+        whole = making.complete(self.store, cube_id, stamp)
         with self.lock(cube_id):
             newest = self._newest.get(cube_id)
             if newest is not None and newest.stamp == stamp:
@@ -226,7 +226,7 @@ class Historian:
     def remove(self, cube_id: str, stamp: str) -> None:
         """Removes a version, which the policy keeps no longer."""
         with self.lock(cube_id):
-            versions_make.remove(self.store, cube_id, stamp)
+            making.remove(self.store, cube_id, stamp)
             self.forget(cube_id)
 
     def forget(self, cube_id: str) -> None:
@@ -251,7 +251,7 @@ class Historian:
             self._written = 0
             self._after(0, self._upkeep.prune, "over budget")
         self._after(FLUSH_S, self._flush, "flush")
-        if versions_make.is_wanting(version):
+        if making.is_wanting(version):
             self._after(0, lambda: self.complete(version.cube_id, version.stamp))
 
     def _remember(self, cube_id: str, version: Version | None) -> None:
@@ -272,7 +272,7 @@ class Historian:
             if found is None or found.deleted:
                 return
             try:
-                versions_make.take_over(self.store, old, new)
+                making.take_over(self.store, old, new)
             except OSError as e:
                 log.warning("%s: its versions are still under the id %s: %s", path, old, e)
             self.forget(old)
@@ -293,7 +293,7 @@ class Historian:
         began = time.time()
         try:
             syscalls.syncfs(self.store.fd)
-            versions_make.mark_flushed(self.store, began)
+            making.mark_flushed(self.store, began)
         except OSError as e:
             log.warning("versions may not be on the disk: %s", e)
 
@@ -306,7 +306,7 @@ class Historian:
     ) -> None:
         if self._ended:
             with contextlib.suppress(OSError):
-                versions_make.mark(self.store)  # for the next mount
+                making.mark(self.store)  # for the next mount
         else:
             self.later.after(seconds, job, key, put_off=put_off)
 

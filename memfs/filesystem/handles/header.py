@@ -12,9 +12,9 @@ from memfs.errors import InvalidMetadata
 from memfs.filesystem.attributes import Status, shown_as
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import copy_into
+from memfs.filesystem.handles.handle import copy_into
+from memfs.filesystem.handles.staged import Published, Staged
 from memfs.filesystem.header import Headers
-from memfs.filesystem.staged import Published, Staged
 
 
 class OpenHeader(Staged):

@@ -13,13 +13,13 @@ from functools import partial
 
 from memfs.cube import layout
 from memfs.errors import NotAllowed, VersionDamaged
-from memfs.vault import versions
 from memfs.vault.aside import Aside
 from memfs.vault.problem import Problem
 from memfs.vault.store import Store
-from memfs.vault.versions import DESCRIPTION, ROOT, Version
-from memfs.vault.versions_look import sha256_of
-from memfs.vault.versions_make import UNSETTLED, mark
+from memfs.vault.versions import records
+from memfs.vault.versions.look import sha256_of
+from memfs.vault.versions.making import UNSETTLED, mark
+from memfs.vault.versions.records import DESCRIPTION, ROOT, Version
 
 AREA = "versions"
 
@@ -38,19 +38,19 @@ def problems(
     def problem(path: str, what: str) -> Problem:
         return Problem(AREA, path, what, partial(_set_aside, store, aside, path))
 
-    for cube_id in versions.names_in(store, ROOT):
+    for cube_id in records.names_in(store, ROOT):
         base = f"{ROOT}/{cube_id}"
         if cube_id == UNSETTLED:
             continue
-        if not versions.is_cube_id(cube_id) or not stat.S_ISDIR(store.stat(base).st_mode):
+        if not records.is_cube_id(cube_id) or not stat.S_ISDIR(store.stat(base).st_mode):
             yield problem(base, "is no directory of a cube's versions")
             continue
-        for name in versions.names_in(store, base):
+        for name in records.names_in(store, base):
             path = f"{base}/{name}"
             if layout.is_temporary(name):
                 if not live:
                     yield problem(path, "is a version that was never finished")
-            elif not versions.is_stamp(name):
+            elif not records.is_stamp(name):
                 yield problem(path, "has not the name of a version")
             else:
                 damage = damage_of(store, cube_id, name)
@@ -64,7 +64,7 @@ def problems(
 def damage_of(store: Store, cube_id: str, stamp: str) -> str | None:
     """What is wrong with one version; None where it is whole."""
     try:
-        version = versions.read(store, cube_id, stamp)
+        version = records.read(store, cube_id, stamp)
         found = _files_in(store, version.directory)
     except VersionDamaged as e:
         return e.detail
@@ -101,9 +101,9 @@ def _damage_in(store: Store, version: Version, name: str) -> str | None:
 def _files_in(store: Store, directory: str) -> set[str]:
     """The files of a version, by path within it, but for its description and temporary ones."""
     found = set()
-    for name in versions.names_in(store, directory):
+    for name in records.names_in(store, directory):
         if name == layout.ADAPTER:
-            inner = versions.names_in(store, f"{directory}/{name}")
+            inner = records.names_in(store, f"{directory}/{name}")
             found |= {f"{name}/{file}" for file in inner if not layout.is_temporary(file)}
         elif name != DESCRIPTION and not layout.is_temporary(name):
             found.add(name)

@@ -1,6 +1,6 @@
 """What a cube holds now, and whether that is another thing than its newest version.
 
-Used by ``versions_make`` and by who decides when to make one; any thread.
+Used by ``making`` and by who decides when to make one; any thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memfs.errors import InvalidMetadata, NotAllowed
 from memfs.vault.facts import MAX_PAYLOAD
 from memfs.vault.rights import acl_bytes, read_acl
 from memfs.vault.store import Store, open_regular_at, read_all
-from memfs.vault.versions import LARGE, Entry, Parent, Version
+from memfs.vault.versions.records import LARGE, Entry, Parent, Version
 
 _BLOCK = 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

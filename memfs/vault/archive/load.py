@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 from memfs.cube import layout
 from memfs.errors import BadArchive, InvalidRequest, NotAllowed, NotFound
-from memfs.vault.archive import PackedCube, wrong_with
-from memfs.vault.archive_check import CHUNK, Checked, File
+from memfs.vault.archive.check import CHUNK, Checked, File
+from memfs.vault.archive.contents import PackedCube, wrong_with
 from memfs.vault.frozen import Frozen
 from memfs.vault.publish import write_all
 from memfs.vault.rename import RENAME_EXCHANGE, renameat2

@@ -1,6 +1,6 @@
 """The files of a version: shared with the previous one, cloned, linked or copied.
 
-Used by ``versions_make`` alone.
+Used by ``making`` alone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from memfs.cube import layout
 from memfs.vault.store import Store, open_regular_at
-from memfs.vault.versions import LARGE, Entry, Version
-from memfs.vault.versions_look import entry_of, sha256_of
+from memfs.vault.versions.look import entry_of, sha256_of
+from memfs.vault.versions.records import LARGE, Entry, Version
 
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -1,7 +1,7 @@
 """Checking an archive of cubes, all of it, before a byte of it is used.
 
 Nothing in the file is followed. The lists at its beginning say what must come, byte for byte (see
-``archive``), and each header is compared with that. So links, devices, sparse files, pax records
+``contents``), and each header is compared with that. So links, devices, sparse files, pax records
 that set another path or size, GNU's long names, a second archive behind the first, and whatever
 else a tar can hold, are all the same to it: not what must stand there. ``_explain`` then says what
 does. Used by ``memfs load``; any thread, one archive each.
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from memfs.cube import layout, metadata
 from memfs.errors import BadArchive, InvalidMetadata
-from memfs.vault import archive
-from memfs.vault.archive import BLOCK, MANIFEST, SIGNATURE, SUMS, Entry, PackedCube
+from memfs.vault.archive import contents
+from memfs.vault.archive.contents import BLOCK, MANIFEST, SIGNATURE, SUMS, Entry, PackedCube
 
 CHUNK = 1 << 20
 MAX_SIGNATURE = 64 << 10
@@ -96,18 +96,18 @@ class _Walk:
 
     def check(self) -> Checked:
         self._require_tar()
-        sums = self._list(SUMS, archive.MAX_LIST)
+        sums = self._list(SUMS, contents.MAX_LIST)
         signature = None
         if self._name() == SIGNATURE:
             signature = self._list(SIGNATURE, MAX_SIGNATURE)
-        manifest = self._list(MANIFEST, archive.MAX_LIST)
-        digests = archive.parse_sums(sums)
+        manifest = self._list(MANIFEST, contents.MAX_LIST)
+        digests = contents.parse_sums(sums)
         if digests.get(MANIFEST) != hashlib.sha256(manifest).hexdigest():
             raise BadArchive(f"{MANIFEST} is not the one in {SUMS}")
-        cubes = archive.parse_manifest(manifest)
+        cubes = contents.parse_manifest(manifest)
         _require_listed(digests, cubes)
         files: dict[str, list[File]] = {cube.path: [] for cube in cubes}
-        for cube, entry, path in archive.members(cubes):
+        for cube, entry, path in contents.members(cubes):
             self._header(path, entry)
             if entry.size is not None:
                 files[cube.path].append(File(entry, self._offset, digests[path]))
@@ -120,7 +120,7 @@ class _Walk:
         for magic, name in _COMPRESSED.items():
             if start.startswith(magic):
                 raise BadArchive(f"it is compressed ({name}); memfs dump writes a plain tar")
-        if self._size < archive.RECORD or self._size % archive.RECORD:
+        if self._size < contents.RECORD or self._size % contents.RECORD:
             raise BadArchive(
                 f"it is {self._size} bytes long: it was cut short, or is no tar that memfs wrote"
             )
@@ -147,7 +147,7 @@ class _Walk:
         return data
 
     def _header(self, path: str, entry: Entry) -> None:
-        expected = archive.member_header(
+        expected = contents.member_header(
             path, size=entry.size, mode=entry.mode, mtime_ns=entry.mtime_ns
         )
         if self._read(len(expected), at=self._offset) != expected:
@@ -176,13 +176,13 @@ class _Walk:
     def _skip(self, size: int, path: str) -> None:
         """Past a member's bytes, and the zeros after them."""
         self._offset += size
-        zeros = archive.padding(size)
+        zeros = contents.padding(size)
         if self._read(len(zeros), at=self._offset) != zeros:
             raise BadArchive(f"{_shown(path)} is followed by something else than zeros")
         self._offset += len(zeros)
 
     def _end(self) -> None:
-        zeros = archive.ending(self._offset)
+        zeros = contents.ending(self._offset)
         if self._read(len(zeros), at=self._offset) != zeros:
             raise self._explain("the end", None)
         over = self._size - self._offset - len(zeros)
@@ -210,12 +210,12 @@ class _Walk:
             found, records = self._parsed(self._offset), ""
             if found.type == tarfile.XHDTYPE:
                 records = self._records(found)
-                past = BLOCK + max(0, found.size) + len(archive.padding(found.size))
+                past = BLOCK + max(0, found.size) + len(contents.padding(found.size))
                 found = self._parsed(self._offset + past)
         except tarfile.HeaderError as e:
             return BadArchive(f"the header of {_shown(wanted)} is damaged or no tar header ({e})")
         name = found.name.rstrip("/") if found.name.strip("/") else found.name
-        reason = archive.wrong_with(name)
+        reason = contents.wrong_with(name)
         if found.type in _KINDS:
             return BadArchive(f"{_shown(name)} is {_KINDS[found.type]}")
         if reason is not None:
@@ -239,12 +239,12 @@ class _Walk:
 
 def _require_listed(digests: dict[str, str], cubes: list[PackedCube]) -> None:
     """SHA256SUMS has the manifest and the manifest's files, in this order and no other."""
-    files = [path for _, entry, path in archive.members(cubes) if entry.size is not None]
+    files = [path for _, entry, path in contents.members(cubes) if entry.size is not None]
     named, wanted = list(digests), [MANIFEST, *files]
     if named == wanted:
         return
     for path in named:
-        reason = archive.wrong_with(path)
+        reason = contents.wrong_with(path)
         if reason is not None:
             raise BadArchive(f"{_shown(path)} {reason}")
     missing, extra = set(wanted) - set(named), set(named) - set(wanted)

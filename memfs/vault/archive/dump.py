@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 from memfs.cube import layout, metadata, redact
 from memfs.errors import InvalidRequest, MemfsError, NotACube, NotAllowed
-from memfs.vault import archive
-from memfs.vault.archive import Entry, PackedCube
-from memfs.vault.archive_check import CHUNK
+from memfs.vault.archive import contents
+from memfs.vault.archive.check import CHUNK
+from memfs.vault.archive.contents import Entry, PackedCube
 from memfs.vault.store import Store, open_regular_at
 
 MAX_CONFIG = 1 << 20
@@ -86,10 +86,10 @@ class Dump:
                     f" {source.store.root}: dump them one at a time"
                 )
         self.cubes = [
-            self._pack(self._sources[p]) for p in sorted(self._sources, key=archive.order)
+            self._pack(self._sources[p]) for p in sorted(self._sources, key=contents.order)
         ]
-        if sum(len(cube.entries) for cube in self.cubes) > archive.MAX_MEMBERS:
-            raise InvalidRequest(f"more than {archive.MAX_MEMBERS:,} files: dump them in parts")
+        if sum(len(cube.entries) for cube in self.cubes) > contents.MAX_MEMBERS:
+            raise InvalidRequest(f"more than {contents.MAX_MEMBERS:,} files: dump them in parts")
 
     def write(self, out: BinaryIO, sign: Callable[[bytes], bytes] | None) -> int:
         """Writes the archive; its bytes.
@@ -100,29 +100,29 @@ class Dump:
         Raises:
             MemfsError: a file is not what it was when it was read first; the output is worthless.
         """
-        manifest = archive.manifest_bytes(
+        manifest = contents.manifest_bytes(
             self.cubes, redacted=self._choice.redacted, text_only=self._choice.text_only
         )
-        listed = (archive.MANIFEST, hashlib.sha256(manifest).hexdigest())
-        sums = archive.sums_bytes([listed, *self._digests])
-        lists = {archive.SUMS: sums}
+        listed = (contents.MANIFEST, hashlib.sha256(manifest).hexdigest())
+        sums = contents.sums_bytes([listed, *self._digests])
+        lists = {contents.SUMS: sums}
         if sign is not None:
-            lists[archive.SIGNATURE] = sign(sums)
-        lists[archive.MANIFEST] = manifest
+            lists[contents.SIGNATURE] = sign(sums)
+        lists[contents.MANIFEST] = manifest
         size = 0
         for name, data in lists.items():
-            size += _put(out, archive.member_header(name, size=len(data)))
-            size += _put(out, data, archive.padding(len(data)))
+            size += _put(out, contents.member_header(name, size=len(data)))
+            size += _put(out, data, contents.padding(len(data)))
         digests = dict(self._digests)
-        for cube, entry, path in archive.members(self.cubes):
-            header = archive.member_header(
+        for cube, entry, path in contents.members(self.cubes):
+            header = contents.member_header(
                 path, size=entry.size, mode=entry.mode, mtime_ns=entry.mtime_ns
             )
             size += _put(out, header)
             if entry.size is not None:
                 self._copy(self._sources[cube.path], entry, path, digests[path], out)
-                size += entry.size + _put(out, archive.padding(entry.size))
-        return size + _put(out, archive.ending(size))
+                size += entry.size + _put(out, contents.padding(entry.size))
+        return size + _put(out, contents.ending(size))
 
     def _pack(self, source: Source) -> PackedCube:
         try:
@@ -132,13 +132,13 @@ class Dump:
         try:
             if not layout.is_cube(os.listdir(directory)):
                 raise NotACube(f"{source.path} is a collection: name the cubes in it")
-            found = sorted(self._found(source, directory, ""), key=lambda e: archive.order(e.name))
+            found = sorted(self._found(source, directory, ""), key=lambda e: contents.order(e.name))
         finally:
             os.close(directory)
         for entry in found:
             path = layout.join(source.path, entry.name) if entry.name else source.path
-            reason = archive.wrong_with(path)
-            if reason is not None or path in archive.LISTS:
+            reason = contents.wrong_with(path)
+            if reason is not None or path in contents.LISTS:
                 reason = reason or "is what a list of the archive is called"
                 raise InvalidRequest(f"{path!r} {reason}: rename it, to dump the cube")
         cube_id = self._require_meta(source) if any(e.name == layout.META for e in found) else None

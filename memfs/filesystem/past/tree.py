@@ -33,12 +33,12 @@ from memfs.errors import VersionDamaged
 from memfs.filesystem.attributes import Attributes, Status, altered
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
-from memfs.filesystem.handles import Handle, OpenFile, Snapshot
-from memfs.filesystem.moments import Moments
-from memfs.filesystem.past_rights import Rights, may_read
+from memfs.filesystem.handles.handle import Handle, OpenFile, Snapshot
+from memfs.filesystem.past.moments import Moments
+from memfs.filesystem.past.rights import Rights, may_read
 from memfs.operation.moment import end_of
-from memfs.vault import versions
-from memfs.vault.versions import DESCRIPTION, Version
+from memfs.vault.versions import records
+from memfs.vault.versions.records import DESCRIPTION, Version
 
 _KEPT = 1024
 
@@ -106,14 +106,14 @@ class Past:
         Each with its path, its id, when it was deleted, and its versions: where it was at which.
         """
         found = []
-        for cube_id in versions.cube_ids(self._store):
+        for cube_id in records.cube_ids(self._store):
             newest = self._catalogue.history.newest(cube_id)
             if newest is None or not newest.deleted or not self._may_read(newest):
                 continue
             places = []
-            for stamp in versions.stamps(self._store, cube_id):
+            for stamp in records.stamps(self._store, cube_id):
                 with contextlib.suppress(VersionDamaged):
-                    version = versions.read(self._store, cube_id, stamp)
+                    version = records.read(self._store, cube_id, stamp)
                     if not version.deleted:
                         places.append((stamp, version.path))
             found.append(
@@ -136,11 +136,11 @@ class Past:
     def _of_cube(self, path: str, cube: str, rest: list[str]) -> Node:
         """In a living cube's ``.versions/``."""
         facts = self._catalogue.facts(cube)
-        stamps = versions.stamps(self._store, facts.id) if facts and facts.id else []
+        stamps = records.stamps(self._store, facts.id) if facts and facts.id else []
         if facts is None or facts.id is None or (rest and rest[0] not in stamps):
             raise _missing(path)
         if not rest:
-            when = versions.moment_of(stamps[-1]).timestamp() if stamps else 0.0
+            when = records.moment_of(stamps[-1]).timestamp() if stamps else 0.0
             listed = [(stamp, stat.S_IFDIR) for stamp in stamps]
             return _directory(path, Rights.of(self._store, cube), when, listed)
         return self._in_version(path, self._version(facts.id, rest[0]), cube, rest[1:])
@@ -169,11 +169,11 @@ class Past:
             raise _missing(path)
         listed = [(name, stat.S_IFDIR) for name in sorted(moment.children(inner))]
         rights = Rights.recorded(moment.parent(inner)).and_now(self._store, inner)
-        return _directory(path, rights, versions.moment_of(moment.stamp).timestamp(), listed)
+        return _directory(path, rights, records.moment_of(moment.stamp).timestamp(), listed)
 
     def _in_version(self, path: str, version: Version, live: str, rest: list[str]) -> Node:
         """A version's directory, or something in it; ``live`` is where the cube is now, or ""."""
-        when = versions.moment_of(version.stamp).timestamp()
+        when = records.moment_of(version.stamp).timestamp()
         kept = {name: entry for name, entry in version.files.items() if entry.kept}
         name = "/".join(rest)
         if name in kept:
@@ -182,7 +182,7 @@ class Past:
             return _file(path, rights, kept[name].size, kept[name].mtime_ns, stored=stored)
         if name == DESCRIPTION:  # it has the text's digest, and is for who may read that
             rights = self._rights(version, layout.PAYLOAD, live)
-            data = self._store.read(f"{version.directory}/{name}", versions.MAX_DESCRIPTION)
+            data = self._store.read(f"{version.directory}/{name}", records.MAX_DESCRIPTION)
             return _file(path, rights, len(data), int(when * 1e9), data=data)
         rights = Rights.recorded(version.parents[-1])
         if live:
@@ -215,7 +215,7 @@ class Past:
             if len(self._read) >= _KEPT:
                 self._read.clear()
             try:
-                self._read[key] = versions.read(self._store, cube_id, stamp)
+                self._read[key] = records.read(self._store, cube_id, stamp)
             except VersionDamaged as e:
                 raise OSError(errno.EIO, str(e)) from e
         return self._read[key]

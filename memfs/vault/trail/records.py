@@ -8,7 +8,7 @@ and without, ``,"hash":``. So a line that is changed, removed, inserted or moved
 is missed, and the last line that was dropped for age, so that the rest still has a beginning.
 
 Who may write the files can also forge all of them, and the head: that shows only to whoever has
-kept a hash from before. Written by ``trail_writer``; reading takes no lock. Any thread.
+kept a hash from before. Written by ``writer``; reading takes no lock. Any thread.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 ``adapter/`` as they were, and ``version.json``, which says of which path they are and proves them.
 Everything that is known of a cube's past, where it was and when it was deleted included, is found
 from these directories alone. A version appears whole, by a rename, and its files are never changed:
-``versions_make`` makes them, this module finds and reads them. Used by the mount, the commands and
+``making`` makes them, this module finds and reads them. Used by the mount, the commands and
 the checks; any thread, any process.
 """
 

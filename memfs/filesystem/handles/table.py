@@ -13,9 +13,9 @@ import itertools
 import os
 import threading
 
-from memfs.filesystem.handles import Handle
-from memfs.filesystem.modes import Modes
-from memfs.filesystem.passthrough import Passed, Passthrough
+from memfs.filesystem.handles.handle import Handle
+from memfs.filesystem.handles.modes import Modes
+from memfs.filesystem.handles.passthrough import Passed, Passthrough
 
 
 class _Open:

@@ -1,4 +1,4 @@
-"""Where the cubes of a store were at a moment, as their versions say. Used by ``past``; any thread.
+"""Where the cubes of a store were at a moment, as their versions say. Used by ``tree``; any thread.
 
 What is known of a moment that is over does not change, and is kept for a while. A moment that is
 not over yet, such as today, is looked at anew when versions were made since.
@@ -13,8 +13,8 @@ from datetime import datetime
 
 from memfs.cube import layout
 from memfs.filesystem.catalogue import Catalogue
-from memfs.vault import versions
-from memfs.vault.versions import Parent, Version
+from memfs.vault.versions import records
+from memfs.vault.versions.records import Parent, Version
 
 _KEPT = 4
 _AGE_S, _AGE_SHARE = 1.0, 5
@@ -97,6 +97,6 @@ class Moments:
         return found
 
     def _found(self, moment: datetime) -> Moment:
-        stamp = versions.stamp_of(moment)
-        newest = (versions.newest(self._store, i, stamp) for i in versions.cube_ids(self._store))
+        stamp = records.stamp_of(moment)
+        newest = (records.newest(self._store, i, stamp) for i in records.cube_ids(self._store))
         return Moment(stamp, (v for v in newest if v is not None and not v.deleted))

@@ -1,0 +1,1 @@
+"""Archives of cubes: written, checked before anything is used, loaded, signed."""

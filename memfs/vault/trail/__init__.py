@@ -1,0 +1,1 @@
+"""The audit trail: append-only files whose lines are chained by their hashes."""
