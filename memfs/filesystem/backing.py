@@ -49,11 +49,8 @@ class Backing:
     def at(self, path: str) -> Iterator[tuple[int, str]]:
         """A descriptor of the directory that a file is in, and its name there."""
         parent, name = layout.split(self.elsewhere.get(path, path))
-        fd = self.store.open_dir(parent)
-        try:
+        with self.store.opened(parent) as fd:
             yield fd, name or "."
-        finally:
-            os.close(fd)
 
     def status(self, path: str) -> os.stat_result:
         return self.store.stat(self.elsewhere.get(path, path))

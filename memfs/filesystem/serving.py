@@ -102,11 +102,8 @@ class Server:
     def _clear_unlinked(self) -> None:
         """Files that were unlinked while open, in a mount that was killed, go for good now."""
         _, name = layout.split(HIDDEN_DIR)
-        control = self._store.open_dir(layout.CONTROL)
-        try:
+        with self._store.opened(layout.CONTROL) as control:
             shutil.rmtree(name, ignore_errors=True, dir_fd=control)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=control)  # no directory: the store came from elsewhere
             os.mkdir(name, 0o700, dir_fd=control)
-        finally:
-            os.close(control)

@@ -33,19 +33,12 @@ class Aside:
         target = layout.join(self._directory, path)
         holder, _ = layout.split(target)
         self._make(holder)
-        source = self._store.open_dir(parent)
-        try:
-            destination = self._store.open_dir(holder)
-            try:
-                name_there = _free(destination, name)
-                os.rename(name, name_there, src_dir_fd=source, dst_dir_fd=destination)
-                # First where it is now: a crash in between shows it twice rather than never.
-                sync_directory(destination)
-                sync_directory(source)
-            finally:
-                os.close(destination)
-        finally:
-            os.close(source)
+        with self._store.opened(parent) as source, self._store.opened(holder) as destination:
+            name_there = _free(destination, name)
+            os.rename(name, name_there, src_dir_fd=source, dst_dir_fd=destination)
+            # First where it is now: a crash in between shows it twice rather than never.
+            sync_directory(destination)
+            sync_directory(source)
         return layout.join(holder, name_there)
 
     def _make(self, path: str) -> None:
@@ -61,11 +54,8 @@ class Aside:
         except FileExistsError:
             return
         else:
-            made = self._store.open_dir(path)
-            try:
+            with self._store.opened(path) as made:
                 give_to_owner(self._store, made)
-            finally:
-                os.close(made)
             sync_directory(above)
         finally:
             os.close(above)

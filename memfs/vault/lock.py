@@ -47,16 +47,13 @@ def lock(store: Store, holder: str = "") -> StoreLock:
     if not store.writable:
         # Its index is a private one in a temporary directory: there is nothing to fight over.
         return StoreLock(-1)
-    control = store.open_dir(layout.CONTROL)
-    try:
+    with store.opened(layout.CONTROL) as control:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(_NAME, flags, 0o600, dir_fd=control)
             give_to_owner(store, fd)
         except FileExistsError:
             fd = open_regular_at(control, _NAME, os.O_RDWR)
-    finally:
-        os.close(control)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)

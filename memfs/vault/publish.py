@@ -111,16 +111,25 @@ def remove_leftover(store: Store, path: str, before: float) -> bool:
         if os.fstat(fd).st_mtime >= before:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        directory = store.open_dir(parent)
-        try:
+        with store.opened(parent) as directory:
             os.unlink(name, dir_fd=directory)
-        finally:
-            os.close(directory)
     except OSError:  # being written, gone already, or on a store that we may not write
         return False
     finally:
         os.close(fd)
     return True
+
+
+@contextlib.contextmanager
+def incoming(store: Store, below: str) -> Iterator[str]:
+    """The path of a directory to put cubes or files together in; what is left in it goes."""
+    name = layout.INCOMING + secrets.token_hex(8)
+    with store.opened(below) as parent:
+        os.mkdir(name, 0o700, dir_fd=parent)
+        try:
+            yield layout.join(below, name)
+        finally:
+            shutil.rmtree(name, ignore_errors=True, dir_fd=parent)  # else the next mount does it
 
 
 def _remove_incoming(store: Store, path: str, before: float) -> bool:
@@ -130,11 +139,8 @@ def _remove_incoming(store: Store, path: str, before: float) -> bool:
     if not stat.S_ISDIR(found.st_mode) or found.st_mtime >= before:
         return False
     parent, name = layout.split(path)
-    directory = store.open_dir(parent)
-    try:
+    with store.opened(parent) as directory:
         shutil.rmtree(name, dir_fd=directory)
-    finally:
-        os.close(directory)
     return True
 
 

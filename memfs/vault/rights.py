@@ -113,11 +113,8 @@ def _let_in(store: Store, cube: str, acl: bytes | None, before: Acl | None) -> N
 def _at(store: Store, path: str) -> Iterator[str]:
     """A path that names this very file or directory, never what a symlink there leads to."""
     parent, name = layout.split(path)
-    directory = store.open_dir(parent)
-    try:
+    with store.opened(parent) as directory:
         fd = os.open(name or ".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    finally:
-        os.close(directory)
     try:
         if stat.S_ISLNK(os.fstat(fd).st_mode):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)

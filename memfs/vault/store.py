@@ -8,6 +8,7 @@ nothing after ``open``).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -97,6 +98,15 @@ class Store:
         finally:
             os.close(parent)
 
+    @contextlib.contextmanager
+    def opened(self, path: str) -> Iterator[int]:
+        """``open_dir`` for as long as the body runs."""
+        fd = self.open_dir(path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
     def open_file(self, path: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
         """A descriptor of a file, opened (or made) with ``flags``. A symlink gives ``ELOOP``."""
         if not flags & os.O_CREAT and _at_once(path):
@@ -159,12 +169,8 @@ class Store:
         while pending:
             path = pending.pop()
             try:
-                fd = self.open_dir(path)
-                try:
-                    with os.scandir(fd) as entries:
-                        found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
-                finally:
-                    os.close(fd)
+                with self.opened(path) as fd, os.scandir(fd) as entries:
+                    found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
             except OSError as e:
                 if failed is not None:
                     failed(path, e)

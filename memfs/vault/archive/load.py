@@ -10,14 +10,11 @@ thread.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
-import secrets
-import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from memfs.cube import layout
@@ -25,7 +22,7 @@ from memfs.errors import BadArchive, InvalidRequest, NotAllowed, NotFound
 from memfs.vault.archive.check import CHUNK, Checked, File
 from memfs.vault.archive.contents import PackedCube, wrong_with
 from memfs.vault.frozen import Frozen
-from memfs.vault.publish import write_all
+from memfs.vault.publish import incoming, write_all
 from memfs.vault.rename import RENAME_EXCHANGE, renameat2
 from memfs.vault.store import Store
 
@@ -112,7 +109,7 @@ def load(
     Where it fails, what was not yet in its place is removed again.
     """
     writer = _Writer(archive, store, progress)
-    with _aside(store, below) as aside:
+    with incoming(store, below) as aside:
         staged = [layout.join(aside, str(number)) for number in range(len(places))]
         for path, place in zip(staged, places, strict=True):
             writer.write(path, place.cube, checked.files[place.cube.path])
@@ -134,14 +131,15 @@ class _Writer:
         named = {file.entry.name: file for file in files}
         for entry in cube.entries:
             parent, name = layout.split(layout.join(path, entry.name) if entry.name else path)
-            with _opened(self._store, parent) as directory:
+            with self._store.opened(parent) as directory:
                 if entry.size is None:
                     os.mkdir(name, 0o700, dir_fd=directory)
                 else:
                     self._file(directory, name, named[entry.name])
         for entry in reversed(cube.entries):  # what is in a directory before its own time and mode
             if entry.size is None:
-                with _opened(self._store, layout.join(path, entry.name)) as directory:
+                inner = layout.join(path, entry.name) if entry.name else path
+                with self._store.opened(inner) as directory:
                     # The cube itself must be one that its owner can move.
                     os.fchmod(directory, entry.mode if entry.name else entry.mode | stat.S_IRWXU)
                     os.utime(directory, ns=(entry.mtime_ns, entry.mtime_ns))
@@ -170,34 +168,12 @@ class _Writer:
             os.close(fd)
 
 
-@contextlib.contextmanager
-def _aside(store: Store, below: str) -> Iterator[str]:
-    """The path of a directory to put cubes together in; what is left in it goes."""
-    name = layout.INCOMING + secrets.token_hex(8)
-    with _opened(store, below) as parent:
-        os.mkdir(name, 0o700, dir_fd=parent)
-        try:
-            yield layout.join(below, name)
-        finally:
-            shutil.rmtree(name, ignore_errors=True, dir_fd=parent)  # else the next mount does it
-
-
-@contextlib.contextmanager
-def _opened(store: Store, path: str) -> Iterator[int]:
-    """A descriptor of a directory. What ``layout.join`` makes of a path and "" is that path."""
-    fd = store.open_dir(path.rstrip("/"))
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _publish(store: Store, staged: str, place: Place) -> None:
     """Renames a cube to its place, the collections on its way made."""
     aside, name = layout.split(staged)
     parent, last = layout.split(place.path)
     _make(store, parent)
-    with _opened(store, aside) as source, _opened(store, parent) as target:
+    with store.opened(aside) as source, store.opened(parent) as target:
         if place.replaces:
             renameat2(source, name, target, last, RENAME_EXCHANGE)
         else:
@@ -220,7 +196,7 @@ def _make(store: Store, path: str) -> None:
     if not path or _status(store, path) is not None:
         return
     _make(store, parent)
-    with _opened(store, parent) as directory:
+    with store.opened(parent) as directory:
         os.mkdir(name, dir_fd=directory)
         os.fsync(directory)
 
@@ -239,7 +215,7 @@ def _require_collection(store: Store, path: str) -> None:
     if layout.classify(path)[0] is layout.Role.CONTROL or layout.is_temporary(path):
         raise NotAllowed(f"{path} is memfs's own")
     try:
-        with _opened(store, path) as directory:
+        with store.opened(path) as directory:
             names = os.listdir(directory)
     except FileNotFoundError:
         raise NotFound(f"{store.root}/{path}") from None

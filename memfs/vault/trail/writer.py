@@ -229,22 +229,16 @@ def _prepare_directory(store: Store) -> None:
         pass
     finally:
         os.close(control)
-    fd = store.open_dir(TRAIL)
-    try:
+    with store.opened(TRAIL) as fd:
         give_to_owner(store, fd)
         for name in filter(layout.is_temporary, os.listdir(fd)):
             os.unlink(name, dir_fd=fd)
-    finally:
-        os.close(fd)
 
 
 def _remove(store: Store, files: list[int]) -> None:
-    directory = store.open_dir(TRAIL)
-    try:
+    with store.opened(TRAIL) as directory:
         for number in files:
             os.unlink(layout.split(name_of(number))[1], dir_fd=directory)
-    finally:
-        os.close(directory)
 
 
 def _cut(store: Store, number: int, size: int) -> None:

@@ -99,11 +99,8 @@ def _link_own(store: Store, temporary: int, cube: str, name: str) -> None:
 
 def _link(store: Store, holder: str, name: str, directory: int, new: str) -> None:
     parent, last = layout.split(f"{holder}/{name}")
-    source = store.open_dir(parent)
-    try:
+    with store.opened(parent) as source:
         os.link(last, new, src_dir_fd=source, dst_dir_fd=directory, follow_symlinks=False)
-    finally:
-        os.close(source)
 
 
 def completed(

@@ -105,13 +105,10 @@ def complete(store: Store, cube_id: str, stamp: str) -> Version:
     before = [other for other in records.stamps(store, cube_id) if other < stamp]
     previous = records.newest(store, cube_id, before[-1]) if before else None
     files = dict(version.files)
-    directory = store.open_dir(version.directory)
-    try:
+    with store.opened(version.directory) as directory:
         for name, entry in version.files.items():
             if _is_wanting(entry):
                 files[name] = completed(store, directory, name, entry, previous)
-    finally:
-        os.close(directory)
     version = replace(version, files=files)
     path = f"{version.directory}/{DESCRIPTION}"
     publish_bytes(store, path, _rendered(version), like=store.stat(path))
@@ -129,16 +126,13 @@ def _is_wanting(entry: Entry) -> bool:
 
 def remove(store: Store, cube_id: str, stamp: str) -> None:
     """Removes a version; others have names of their own for the files that they share with it."""
-    base = store.open_dir(records.directory(cube_id))
-    try:
+    with store.opened(records.directory(cube_id)) as base:
         gone = layout.TEMPORARY + secrets.token_hex(8)
         os.rename(stamp, gone, src_dir_fd=base, dst_dir_fd=base)
         shutil.rmtree(gone, dir_fd=base)
         if not os.listdir(base):
             with contextlib.suppress(OSError):
                 os.rmdir(store.control_dir / "versions" / cube_id)
-    finally:
-        os.close(base)
 
 
 def take_over(store: Store, old_id: str, new_id: str) -> None:
@@ -163,13 +157,10 @@ def take_over(store: Store, old_id: str, new_id: str) -> None:
 
 def remove_leftovers(store: Store, cube_id: str, before: float) -> None:
     """Removes what was being made or removed before a time, when a process was killed."""
-    base = store.open_dir(records.directory(cube_id))
-    try:
+    with store.opened(records.directory(cube_id)) as base:
         for name in filter(layout.is_temporary, os.listdir(base)):
             if os.stat(name, dir_fd=base, follow_symlinks=False).st_ctime < before:
                 shutil.rmtree(name, dir_fd=base)
-    finally:
-        os.close(base)
 
 
 def mark(store: Store) -> float | None:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 import stat
-from collections.abc import Iterator
 
 from memfs.cube import layout, metadata
 from memfs.cube.metadata import Meta
 from memfs.errors import InvalidMetadata, InvalidRequest, NotAllowed
 from memfs.vault import rights
 from memfs.vault.identity import read_meta
-from memfs.vault.publish import sync_directory, write_all
+from memfs.vault.publish import incoming, sync_directory, write_all
 from memfs.vault.store import Store
 from memfs.vault.versions.look import Present, look
 from memfs.vault.versions.records import Entry, Parent, Version
@@ -100,7 +97,7 @@ def _put_back(
     names: list[str],
 ) -> None:
     """File by file, each by a rename."""
-    with _aside(store, path) as aside:
+    with incoming(store, path) as aside:
         staged = {}
         for number, name in enumerate(name for name in names if name in version.files):
             staged[name] = f"{aside}/{number}"
@@ -117,7 +114,7 @@ def _put_back(
     for name in names:
         if name not in version.files:
             parent, last = layout.split(f"{path}/{name}")
-            with _opened(store, parent) as directory:
+            with store.opened(parent) as directory:
                 os.unlink(last, dir_fd=directory)
 
 
@@ -130,7 +127,7 @@ def _bring_back(store: Store, source: str, version: Version, path: str) -> None:
         if not _is_there(store, above):
             recorded = version.path == path
             _make_directory(store, above, version.parents[depth + 1].mode if recorded else 0o777)
-    with _aside(store, parent) as aside:
+    with incoming(store, parent) as aside:
         staged = f"{aside}/0"
         _make_directory(store, staged, 0o700)
         for name, entry in version.files.items():
@@ -138,7 +135,7 @@ def _bring_back(store: Store, source: str, version: Version, path: str) -> None:
             if not _is_there(store, holder):
                 _make_directory(store, holder, version.parents[-1].mode)
             _write(store, f"{source}/{name}", f"{staged}/{name}", entry, None, keep_time=True)
-        with _opened(store, staged) as directory:
+        with store.opened(staged) as directory:
             _dress(directory, version.parents[-1])
         _rename(store, staged, path)
 
@@ -206,36 +203,15 @@ def _dress(fd: int, like: Entry | Parent) -> None:
 
 def _rename(store: Store, old: str, new: str) -> None:
     (holder, name), (parent, last) = layout.split(old), layout.split(new)
-    with _opened(store, holder) as source, _opened(store, parent) as target:
+    with store.opened(holder) as source, store.opened(parent) as target:
         os.rename(name, last, src_dir_fd=source, dst_dir_fd=target)
         sync_directory(target)
 
 
 def _make_directory(store: Store, path: str, mode: int) -> None:
     parent, name = layout.split(path)
-    with _opened(store, parent) as directory:
+    with store.opened(parent) as directory:
         os.mkdir(name, mode, dir_fd=directory)
-
-
-@contextlib.contextmanager
-def _aside(store: Store, below: str) -> Iterator[str]:
-    """A directory to put files together in; what is left in it goes."""
-    name = layout.INCOMING + secrets.token_hex(8)
-    with _opened(store, below) as parent:
-        os.mkdir(name, 0o700, dir_fd=parent)
-        try:
-            yield layout.join(below, name)
-        finally:
-            shutil.rmtree(name, ignore_errors=True, dir_fd=parent)
-
-
-@contextlib.contextmanager
-def _opened(store: Store, path: str) -> Iterator[int]:
-    fd = store.open_dir(path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _is_there(store: Store, path: str) -> bool:
