@@ -24,6 +24,7 @@ from memfs.filesystem.keeper import IndexKeeper, Model
 from memfs.filesystem.past.historian import Historian
 from memfs.index.records import Usage
 from memfs.vault.facts import CubeFacts, inspect
+from memfs.vault.frozen import Frozen
 from memfs.vault.sig import Sig, sig_of
 from memfs.vault.store import Store
 
@@ -67,8 +68,9 @@ class Catalogue:
             tell=self._tell_nobodys,
             on_change=self._on_change,
             on_scan=self._on_scan,
-            is_written=self.handles.is_written,
+            must_wait=self._must_wait,
         )
+        self.frozen = Frozen(store, self._was_frozen)
         self.history = Historian(store, self.keeper, versions_budget)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=_REFUSALS)
         """What was refused lately, with the reasons, for ``status``."""
@@ -248,7 +250,7 @@ class Catalogue:
                 log.warning("%s is not in the index: %s", path, e)
                 self.keeper.later(path)
             else:
-                self._freeze(change.before, change.after, path)
+                self._freeze(change)
                 return change.before, change.after, change.matters
         return self._refreshed_alone(path, adopting=adopting, check_kv=small, by=by)
 
@@ -282,10 +284,28 @@ class Catalogue:
         elif change.before is not None or self.keeper.ask(_is_complete, False):
             self._tell(change, None)
 
-    def _freeze(self, before: CubeFacts | None, after: CubeFacts | None, path: str) -> None:
+    def _freeze(self, change: Change) -> None:
         """Has open files take no writes in a cube that was frozen, and again in one that thawed."""
+        before, after = change.before, change.after
         if after is not None and after.frozen != (before is not None and before.frozen):
-            self.handles.freeze(path, frozen=after.frozen)
+            self.handles.freeze(change.path, self._is_frozen)
+
+    def _is_frozen(self, path: str) -> bool:
+        return self.frozen.over(path) is not None
+
+    def _was_frozen(self, cube: str) -> bool:
+        known = self.keeper.ask(lambda index: index.get(cube), None)
+        return known is not None and known.frozen
+
+    def _must_wait(self, path: str) -> bool:
+        """Whether a file below a path is being written: it is taken in once that is closed.
+
+        What was frozen meanwhile does not wait.
+        """
+        if not self.handles.is_written(path):
+            return False
+        self.handles.freeze(path, self._is_frozen)
+        return True
 
     def _on_change(self, change: Change) -> None:
         """A change was taken in that no operation told of."""
@@ -294,7 +314,7 @@ class Catalogue:
         self.history.changed(path, change.before, change.after)
         if not change.matters:
             return
-        self._freeze(change.before, change.after, path)
+        self._freeze(change)
         self._changed(path)
 
     def _on_scan(self) -> None:

@@ -18,7 +18,6 @@ from memfs.filesystem import audit
 from memfs.filesystem.attributes import Status
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, opens
-from memfs.vault.frozen import Frozen
 from memfs.vault.rights import acl_bytes
 
 _RIGHTS = {os.O_RDONLY: READ, os.O_WRONLY: WRITE, os.O_RDWR: READ | WRITE}
@@ -30,7 +29,7 @@ class Guard:
     def __init__(self, catalogue: Catalogue, context: Callable[[], Context]) -> None:
         self._catalogue = catalogue
         self._context = context
-        self._frozen = Frozen(catalogue.store, self._was_frozen)
+        self._frozen = catalogue.frozen
 
     def is_frozen(self, cube: str) -> bool:
         """Whether a cube, or one that it lies in, is frozen."""
@@ -84,7 +83,3 @@ class Guard:
         except OSError:
             return None
         return Acl.parse(raw) if raw else None
-
-    def _was_frozen(self, cube: str) -> bool:
-        known = self._catalogue.keeper.ask(lambda index: index.get(cube), None)
-        return known is not None and known.frozen

@@ -45,7 +45,7 @@ class IndexKeeper:
         tell: Callable[[Change], None],
         on_change: Callable[[Change], None],
         on_scan: Callable[[], None],
-        is_written: Callable[[str], bool],
+        must_wait: Callable[[str], bool],
     ) -> None:
         """Nothing happens yet.
 
@@ -53,7 +53,7 @@ class IndexKeeper:
             tell: is told of every change that no operation told of, before the index; may not wait.
             on_change: the same after it, and of files written that say what they said.
             on_scan: called where every cube was looked at, so that the index knows them all.
-            is_written: whether a file below a path is open for writing. Until it is closed, the
+            must_wait: whether a file below a path is open for writing. Until it is closed, the
                 index keeps what it knows: what is halfway is nobody's change.
         """
         self.store = store
@@ -65,7 +65,7 @@ class IndexKeeper:
         self._tell = tell
         self._on_change = on_change
         self._on_scan = on_scan
-        self._is_written = is_written
+        self._must_wait = must_wait
         self._put_off: set[str] = set()
         self._early: set[str] = set()
         self._pending: set[str] = set()
@@ -129,7 +129,7 @@ class IndexKeeper:
 
     def closed(self) -> None:
         """A file that was open for writing is closed: what waited for that is looked at."""
-        for path in [p for p in list(self._put_off) if not self._is_written(p)]:
+        for path in [p for p in list(self._put_off) if not self._must_wait(p)]:
             self._put_off.discard(path)
             self.later(path)
 
@@ -252,7 +252,7 @@ class IndexKeeper:
 
     def _is_busy(self, path: str) -> bool:
         """Whether a look has to wait for a close; it is then made."""
-        if not self._is_written(path):
+        if not self._must_wait(path):
             return False
         self._put_off.add(path)
         self.closed()  # if it was just now, nobody else says so

@@ -99,7 +99,7 @@ def test_versions_are_listed(cube: Path, run: Run) -> None:
 def test_the_last_change_is_shown(cube: Path, run: Run) -> None:
     status, out, _ = run("diff", cube)
     assert status == 1
-    assert out.splitlines()[2:] == [" -1,2 +1,2 ", "-one", "+two", " same"]
+    assert out.splitlines()[2:] == ["@@ -1,2 +1,2 @@", "-one", "+two", " same"]
     assert out.splitlines()[0].startswith(f"--- {cube.name}/.versions/")
     assert out.splitlines()[1] == f"+++ {cube.name}/payload.md"
     first, second, third = sorted(os.listdir(cube / ".versions"))

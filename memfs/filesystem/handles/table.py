@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import threading
+from collections.abc import Callable
 
 from memfs.filesystem.handles.handle import Handle
 from memfs.filesystem.handles.modes import Modes
@@ -80,12 +81,12 @@ class HandleTable:
             for handle in self._all()
         )
 
-    def freeze(self, cube: str, *, frozen: bool) -> None:
-        """Tells every open file in a cube that it takes no writes any more, or does again."""
+    def freeze(self, cube: str, is_frozen: Callable[[str], bool]) -> None:
+        """Tells every open file below a path whether it takes no writes any more, or does again."""
         below = cube + "/"
         for handle in self._all():
             if handle.path is not None and handle.path.startswith(below):
-                handle.frozen = frozen
+                handle.frozen = is_frozen(handle.path)
 
     def on(self, path: str) -> list[Handle]:
         """The open files at a path."""
