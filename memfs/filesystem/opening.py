@@ -85,7 +85,9 @@ class Opening:
             self._backing.take_setuid(fd, self._context())
         if writing and role in _TOLD_OF:
             return OpenPayload(path, fd, self.written, dirty=bool(flags & os.O_TRUNC))
-        return OpenFile(path, fd, passes=not writing)
+        # Who maps for writing what is passed through to others writes there: of a text nobody would
+        # hear of it, and where it was replaced beside the mount it would be lost.
+        return OpenFile(path, fd, passes=not writing and role not in _TOLD_OF)
 
     def create(self, path: str, mode: int, flags: int) -> Handle:
         """Makes and opens a new file; opens the one that is there, unless it must be new."""

@@ -70,6 +70,7 @@ class Environment:
         self._map_size = map_size
         self._lock = threading.RLock()
         self._closed = True
+        self._exchanging = False
         self._open()
 
     def _open(self) -> None:
@@ -101,7 +102,7 @@ class Environment:
             if isinstance(e, lmdb.NotFoundError):
                 raise IndexDamaged("a database is missing") from e
             raise
-        self._closed = False
+        self._closed = self._exchanging = False
 
     def read(self, body: Callable[[Txn], T]) -> T:
         """What ``body`` returns within a read transaction."""
@@ -159,6 +160,7 @@ class Environment:
     def close(self) -> None:
         """Flushes and closes. Closing twice is allowed; anything else is then EBADF."""
         with self._lock:
+            self._exchanging = False
             if self._closed:
                 return
             if not self.read_only:
@@ -174,10 +176,12 @@ class Environment:
     def exchanged(self) -> Iterator[None]:
         """Closes it while the block puts other files in its place, and opens those.
 
-        Every other thread waits. Where they cannot be opened the environment stays closed.
+        Every other thread waits. Where they cannot be opened (the disk is full), that raises, and
+        is tried again at each use.
         """
         with self._lock:
             self.close()
+            self._exchanging = True
             try:
                 yield
             finally:
@@ -198,6 +202,8 @@ class Environment:
                         self._env.set_mapsize(0)  # as large as another process made it
 
     def _require_open(self) -> None:
+        if self._exchanging:
+            self._open()
         if self._closed:
             raise OSError(errno.EBADF, "it is closed", "index")
 

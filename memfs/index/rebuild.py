@@ -123,7 +123,7 @@ def rebuild(
     new = Index.open(fresh)
     try:
         scan = rescan(store, new, model, known=known, progress=progress)
-        with index.exchanged() if index else contextlib.nullcontext():
+        with contextlib.nullcontext() if index is None else index.exchanged():
             usage = _carry_over(directory, new)
             seconds = round(time.monotonic() - started, 3)
             report = Report(scan.cubes, scan.copies, usage, seconds)

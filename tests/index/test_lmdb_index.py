@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -345,6 +346,22 @@ def test_a_full_disk_is_an_error_that_passes(small_disk: Path) -> None:
     with Index.open(small_disk / "index") as index:
         assert index.get("a") == facts(title="kept")
         assert not index.key_errors()
+
+
+def test_an_exchange_on_a_full_disk_is_made_up_for(small_disk: Path) -> None:
+    with Index.open(small_disk / "index") as index:
+        index.put("a", facts(title="kept"))
+        with pytest.raises(OSError, match="No space"), index.exchanged():
+            filler = small_disk / "other"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        with pytest.raises(OSError, match="No space"):
+            index.get("a")
+        filler.unlink()
+        assert index.get("a") == facts(title="kept")
+    with pytest.raises(OSError, match="closed"):
+        index.get("a")
 
 
 PATHS = st.sampled_from(["a", "a/b", "a/b/c", "ab", "a-b", "b", "b/" + "x" * 250, "b/" + "x" * CUT])

@@ -217,6 +217,17 @@ def test_an_index_in_use_is_mended_in_place(store: Store) -> None:
     index.close()
 
 
+def test_an_empty_index_in_use_is_exchanged_too(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with Store.open(tmp_path / "store") as store:
+        index, _ = open_or_rebuild(store)
+        rebuild(store, index_directory(store), index=index)
+        index.put("a", CubeFacts())
+        index.close()
+        with Index.open(index_directory(store)) as again:
+            assert paths(again) == ["a"]
+
+
 def test_work_goes_on_while_it_is_rebuilt(store: Store) -> None:
     """Nobody sees an error, and no change made meanwhile is lost."""
     index, _ = open_or_rebuild(store)

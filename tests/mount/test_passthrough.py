@@ -58,7 +58,7 @@ def test_the_status_and_the_doctor_say_which_mode_and_why(shared_mount: Mount) -
         assert f"not used: {found['reason']}" in said
 
 
-@pytest.mark.parametrize("name", ["kv.safetensors", "payload.md", "notes.txt"])
+@pytest.mark.parametrize("name", ["kv.safetensors", "notes.txt"])
 def test_passed_through_the_kernel_reads_without_the_mount(
     shared_mount: Mount, kv: Path, name: str
 ) -> None:
