@@ -379,11 +379,25 @@ def with_field(good: bytes, offset: int, value: bytes) -> bytes:
     forged = Forged(good).bytes()
     with tarfile.open(fileobj=io.BytesIO(forged)) as opened:
         start = opened.getmember("law/payload.md").offset
-    block = bytearray(forged[start : start + 512])
+    return (
+        forged[:start]
+        + overwritten(forged[start : start + 512], offset, value)
+        + forged[start + 512 :]
+    )
+
+
+def overwritten(header: bytes, offset: int, value: bytes) -> bytes:
+    """A field of a header overwritten, the checksum made right again."""
+    block = bytearray(header)
     block[offset : offset + len(value)] = value
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    return forged[:start] + bytes(block) + forged[start + 512 :]
+    return bytes(block)
+
+
+def overflowing(headers: bytes) -> bytes:
+    """The first of some headers says a size that is no offset in any file."""
+    return overwritten(headers[:512], 124, b"\x80" + (1 << 80).to_bytes(11, "big")) + headers[512:]
 
 
 def dropped(good: bytes) -> bytes:
@@ -491,6 +505,10 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
             instead=512,
         ),
         "pax records of its own",
+    ),
+    "pax records without end": (
+        lambda g: spliced(g, "law", overflowing(header("x", tarfile.REGTYPE, path="law"))),
+        "is damaged or no tar header",
     ),
     "global pax header": (
         lambda g: spliced(g, "law", header("x", tarfile.XGLTYPE)),
@@ -601,6 +619,14 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda g: Forged(g).add("z", bytes=1e300).bytes(),
         "is not one: TypeError",
     ),
+    "a name that is half a character": (
+        recoded(lambda m: m["cubes"][0].update(path="\ud800")),
+        "is not one: UnicodeEncodeError",
+    ),
+    "a name within that is half a character": (
+        recoded(lambda m: m["cubes"][0]["entries"][1].update(name="\ud800")),
+        "is not one: UnicodeEncodeError",
+    ),
     "a deep manifest": (
         recoded(lambda m: m.update(cubes=json.loads("[" * 900 + "]" * 900))),
         "is not one",
@@ -680,6 +706,74 @@ def test_a_mutated_archive_is_refused_or_the_same(
     else:
         assert bytes(mutated) == good
         shutil.rmtree(empty.root / "law")
+
+
+KINDS = st.sampled_from([b"0", b"5", b"x", b"g", b"S", b"L", b"1", b"2"])
+FIELDS = st.one_of(
+    st.tuples(st.just(156), KINDS),
+    st.tuples(st.sampled_from([100, 108, 124, 136]), st.binary(min_size=1, max_size=12)),
+    st.tuples(st.just(124), st.binary(min_size=11, max_size=11).map(lambda raw: b"\x80" + raw)),
+    st.tuples(st.integers(0, 500), st.binary(min_size=1, max_size=12)),
+)
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(st.characters(exclude_categories=())),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+def only_refused(data: bytes, good: bytes, empty: Store) -> None:
+    """Anything but the good archive is BadArchive, and leaves nothing."""
+    if data != good:
+        with pytest.raises(BadArchive):
+            loaded(data, empty)
+    assert os.listdir(empty.root) == [".memfs"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    fields=st.lists(FIELDS, min_size=1, max_size=3), which=st.integers(0, 10), more=st.booleans()
+)
+def test_headers_of_any_kind_are_refused_and_nothing_else_comes_of_them(
+    store: Store, empty: Store, fields: list[tuple[int, bytes]], which: int, more: bool
+) -> None:
+    good = dumped(store, "law")
+    with tarfile.open(fileobj=io.BytesIO(good)) as opened:
+        members = opened.getmembers()
+    start = members[which % len(members)].offset
+    block = good[start : start + 512]
+    for offset, value in fields:
+        block = overwritten(block, offset, value[: 512 - offset])
+    rest = good[start:] if more else good[start + 512 :]
+    data = good[:start] + block + rest
+    only_refused(data + contents.padding(len(data), contents.RECORD), good, empty)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_manifests_of_any_kind_are_refused_and_nothing_else_comes_of_them(
+    store: Store, empty: Store, data: st.DataObject
+) -> None:
+    forged = Forged(dumped(store, "law"))
+    good = forged.bytes()
+    node = forged.manifest
+    while True:
+        key = data.draw(
+            st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+        )
+        if not node[key] or not isinstance(node[key], dict | list) or data.draw(st.booleans()):
+            break
+        node = node[key]
+    if key in ("redacted", "text_only"):  # which says nothing of what is in it
+        return
+    node[key] = data.draw(JSON)
+    only_refused(forged.bytes(), good, empty)
 
 
 def test_a_file_changed_after_the_check_is_not_loaded(store: Store, empty: Store) -> None:

@@ -192,7 +192,7 @@ class _Walk:
     def _read(self, size: int, *, at: int) -> bytes:
         """So many bytes; fewer where the file ends before."""
         parts = []
-        while size and (part := os.pread(self._fd, min(size, CHUNK), at)):
+        while size and at < self._size and (part := os.pread(self._fd, min(size, CHUNK), at)):
             parts.append(part)
             size -= len(part)
             at += len(part)
