@@ -214,8 +214,11 @@ class Names:
             self._headers.taken_away(cube, self._context())
 
     def _tell(self, old: str, new: str, flags: int) -> None:
-        if layout.is_temporary(old):  # a cube that was put together aside has its place
-            self._catalogue.touch(new, by=self._context())
+        if layout.is_temporary(old):  # what was put together aside has its place
+            if stat.S_ISDIR(self._backing.status(new).st_mode):
+                self._catalogue.touch(new, by=self._context())
+            else:
+                self._touch(new, written=True)
             return
         if flags & RENAME_EXCHANGE:
             for path in (old, new):

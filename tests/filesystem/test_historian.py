@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from memfs.cube import layout
 from memfs.filesystem.past.later import Later
 from memfs.filesystem.past.upkeep import Upkeep
 from memfs.vault.versions import records
@@ -36,6 +37,19 @@ def aged(forest: Forest, cube_id: str, *ages: timedelta) -> list[str]:
         os.rename(base / old, base / stamp)
     forest.catalogue.history.forget(cube_id)
     return new
+
+
+def test_a_file_put_together_aside_is_a_change_of_its_cube(forest: Forest) -> None:
+    cube_id = made(forest, "law", 1)
+    aside = f"law/{layout.INCOMING}1"
+    forest.tree.names.mkdir(aside, 0o700)
+    (forest.root / aside / "0").write_text("brought back")
+    forest.tree.names.rename(f"{aside}/0", "law/payload.md", 0)
+    newest = forest.catalogue.history.newest(cube_id)
+    assert newest is not None
+    assert newest.files["payload.md"].size == len("brought back")
+    (event,) = [e for e in forest.catalogue.events() if e["event"] == "changed"][-1:]
+    assert event["path"] == "law"
 
 
 def prune(forest: Forest) -> None:
