@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import sys
 from dataclasses import dataclass
 
@@ -127,7 +128,8 @@ def _lines(history: History, side: Side, name: str, *, rights: bool) -> list[str
         else:
             shown = meta if rights else without_rights(meta)
             data = metadata.render(shown)
-    return data.decode("utf-8", "backslashreplace").splitlines(keepends=True)
+    text = data.decode("utf-8", "backslashreplace")
+    return list(io.StringIO(text, newline="\n"))  # at what ends a line for patch, too, alone
 
 
 def _digest(side: Side, name: str) -> str:

@@ -124,6 +124,22 @@ def test_a_patch_can_be_made_of_it(cube: Path, run: Run, tmp_path: Path) -> None
     assert (tmp_path / "text").read_text() == "two\nsame\n"
 
 
+def test_a_patch_splits_lines_where_patch_does(cube: Path, run: Run, tmp_path: Path) -> None:
+    if not shutil.which("patch"):
+        pytest.skip("patch is not installed")
+    old = "one\x0cpage\u2028two\x85three\x1c\v\rfour\nsame\nlast\x0c"
+    new = old.replace("page", "PAGE").replace("last", "end\u2029")
+    for text in (old, new):
+        (cube / "payload.md").write_bytes(text.encode())
+    (tmp_path / "text").write_bytes(old.encode())
+    (tmp_path / "patch").write_bytes(run("diff", cube)[1].encode())
+    done = subprocess.run(
+        ["patch", tmp_path / "text", tmp_path / "patch"], check=False, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "text").read_bytes() == new.encode()
+
+
 def test_adapters_are_compared_by_digest(cube: Path, run: Run) -> None:
     (cube / "adapter").mkdir()
     (cube / "adapter/adapter_model.safetensors").write_bytes(b"one")
