@@ -210,8 +210,9 @@ class Catalogue:
         """
         if event.get("event") == "refused":
             self.refusals.append({"time": rfc3339(), **event})
-        if self._trail is not None and not self._denials.repeats(event):
-            self._trail.append(event)
+        trail = self._trail
+        if trail is not None and not self._denials.repeats(event):
+            trail.append(event)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The audit trail, oldest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -64,6 +65,17 @@ def test_events_in_their_order(store: Store) -> None:
         assert list(records.events(store, after=1)) == [second]
         assert whats(store) == []
     assert whats(store) == []
+
+
+def test_nothing_is_written_once_it_is_closed(store: Store, tmp_path: Path) -> None:
+    fill(store, 2)
+    with Trail(store) as open_trail:
+        pass
+    with contextlib.ExitStack() as stack:  # one of these gets the number that the trail had
+        files = [stack.enter_context((tmp_path / f"{n}").open("wb")) for n in range(64)]
+        assert open_trail.append({"event": "changed", "path": "late"}) == 0
+        assert [os.fstat(file.fileno()).st_size for file in files] == [0] * 64
+    assert names(store) == ["c0", "c1"]
 
 
 def test_a_hash_can_be_made_without_memfs(store: Store) -> None:

@@ -77,9 +77,12 @@ class Trail:
         """Adds an event, with the time where it has none; its number.
 
         One that cannot be written (the disk is full) does not fail what it tells of: it is counted,
-        and the count is written as soon as there is room. Its number is then 0.
+        and the count is written as soon as there is room. Its number is then 0, as it is after
+        ``close``.
         """
         with self._lock:
+            if self._fd < 0:
+                return 0
             try:
                 if self._lost:
                     self._write({"event": "trail", "what": f"{self._lost} events were lost"})
@@ -96,7 +99,9 @@ class Trail:
         self._closing.set()
         self._dirty.set()
         self._thread.join()
-        os.close(self._fd)
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def __enter__(self) -> Trail:
         return self
