@@ -196,6 +196,18 @@ def test_frozen_beside_the_mount(shared_mount: Mount, cube: Path) -> None:
         until(refused)  # what was open is told by the watcher
 
 
+def test_the_cube_around_thaws_alone(shared_mount: Mount, cube: Path) -> None:
+    inner = shared_mount.cube(f"{cube.relative_to(shared_mount.dir)}/inner")
+    (inner / "notes").write_text("one")
+    with (inner / "notes").open("r+b", buffering=0) as file:
+        for which, frozen in ((inner, True), (cube, True), (cube, False)):
+            freeze(which, frozen)
+            with pytest.raises(PermissionError):
+                file.write(b"x")
+        freeze(inner, False)
+        assert file.write(b"x") == 1
+
+
 def test_it_stays_frozen_over_a_remount_and_its_header_as_it_was(tmp_path: Path) -> None:
     with mounted_at(tmp_path) as mount:
         until(mount.has_index)
