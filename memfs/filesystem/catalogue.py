@@ -76,6 +76,8 @@ class Catalogue:
         """What was refused lately, with the reasons, for ``status``."""
         self._changed = changed
         self._trail: Trail | None = None
+        self._told: dict[str, Change] = {}
+        """What the trail was last told of a cube."""
         self._denials = audit.Denials()
         self._early: set[str] = set()
         """Cubes whose change was told of before there was an index to compare them with."""
@@ -235,7 +237,13 @@ class Catalogue:
         """
         from memfs.index.refresh import refresh
 
-        index, small = self.keeper.index, self._is_small(path)
+        index, small, told = self.keeper.index, self._is_small(path), False
+
+        def tell(change: Change) -> None:
+            nonlocal told
+            told = True
+            self._tell(change, by)
+
         if index is not None:
             try:
                 change = refresh(
@@ -245,7 +253,7 @@ class Catalogue:
                     self.model,
                     adopting=adopting,
                     check_kv=small,
-                    tell=lambda change: self._tell(change, by),
+                    tell=tell,
                 )
             except (IndexDamaged, OSError) as e:
                 log.warning("%s is not in the index: %s", path, e)
@@ -253,12 +261,17 @@ class Catalogue:
             else:
                 self._freeze(change)
                 return change.before, change.after, change.matters
-        return self._refreshed_alone(path, adopting=adopting, check_kv=small, by=by)
+        before, after = self._looked_at_alone(path, adopting=adopting, check_kv=small)
+        if not told:
+            self._early.add(path)
+            event = {"event": "changed", "path": path, "what": None}
+            self.log(event | {"after": after and after.payload_sha256} | audit.actor(by))
+        return before, after, True
 
-    def _refreshed_alone(
-        self, path: str, *, adopting: bool, check_kv: bool, by: Context | None
-    ) -> tuple[CubeFacts | None, CubeFacts | None, bool]:
-        """The same without an index, which is told once there is one."""
+    def _looked_at_alone(
+        self, path: str, *, adopting: bool, check_kv: bool
+    ) -> tuple[CubeFacts | None, CubeFacts | None]:
+        """What was known of a cube and what is now, without an index, which is told once it can."""
         from memfs.vault.identity import adopt
 
         self.keeper.early(path)
@@ -266,15 +279,17 @@ class Catalogue:
         after = inspect(self.store, path, before, self.model, check_kv=check_kv)
         if adopting and after is not None and after.meta_sig is None:
             after = adopt(self.store, path, after, lambda _: None)
-        self._early.add(path)
-        event = {"event": "changed", "path": path, "what": None}
-        self.log(event | {"after": after and after.payload_sha256} | audit.actor(by))
-        return before, after, True
+        return before, after
 
     def _tell(self, change: Change, by: Context | None) -> None:
         """Has the audit trail say what happened to a cube."""
+        path, before, after = change
+        last = self._told.get(path)
+        if last is not None and last.before == before:
+            before = last.after  # told, but the index could not take it in: the disk was full
+        self._remember_told(change)
         who = None
-        for event in audit.changes(*change):
+        for event in audit.changes(path, before, after):
             who = audit.actor(by) if who is None else who
             self.log(event | who)
 
@@ -282,8 +297,14 @@ class Catalogue:
         """The same of a change that no operation told of: it was made beside the mount."""
         if change.path in self._early:
             self._early.discard(change.path)
+            self._remember_told(change)
         elif change.before is not None or self.keeper.ask(_is_complete, False):
             self._tell(change, None)
+
+    def _remember_told(self, change: Change) -> None:
+        if len(self._told) >= _RECENT:
+            self._told.clear()
+        self._told[change.path] = change
 
     def _freeze(self, change: Change) -> None:
         """Has open files take no writes in a cube that was frozen, and again in one that thawed."""

@@ -150,6 +150,9 @@ def test_the_index_catches_up_when_there_is_room(mount: Mount, disk: Path) -> No
     for number in range(40):
         assert mount.meta(f"new{number}")["descriptive"]["title"] == f"new{number}"
     until(lambda: fsck_of(mount) == [], 20)
+    events = [json.loads(line) for line in (mount.dir / ".memfs/events").read_text().splitlines()]
+    created = [event["path"] for event in events if event["event"] == "created"]
+    assert len(created) == len(set(created))
 
 
 def fsck_of(mount: Mount) -> list[dict[str, str]]:
