@@ -18,7 +18,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from memfs.config import Config
 from memfs.cube.access import Caller
@@ -30,7 +30,7 @@ from memfs.errors import (
     Refused,
     RuntimeUnavailable,
 )
-from memfs.filesystem.renewal import Asked, Renewal, Ticket
+from memfs.filesystem.renewal import Read, Renewal, Ticket
 from memfs.runtime.client import RuntimeClient, connect
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,15 @@ class RuntimeState:
     device: str | None = None
     mounted: Mapping[str, Resident] = field(default_factory=dict)
     """By path of the cube, of this store alone."""
+
+
+class Asked(NamedTuple):
+    """A mount to be asked for, as somebody has read the file."""
+
+    path: str
+    kind: str
+    caller: Caller
+    ticket: Ticket
 
 
 class Listener(Protocol):
@@ -164,15 +173,24 @@ class Link:
         """Somebody waited in vain: nobody does again until it answers."""
         self._responsive = False
 
-    def mount(self, path: str, kind: str, caller: Caller) -> Ticket:
-        """Asks for a cube's memory to be put into the model, in this user's session."""
+    def read(self, path: str, kind: str, caller: Caller) -> Read:
+        """A cube's memory is being read: it is to be put into the model, in this user's session.
+
+        Whoever calls it calls ``closed`` in the end.
+        """
         key = (path, kind, caller)
         with self._lock:
             ticket = self._asked.get(key)
             if ticket is None:
                 ticket = self._asked[key] = Ticket()
                 self._mounts.put(Asked(path, kind, caller, ticket))
-        return ticket
+        read = Read(path, caller, ticket)
+        self._renewal.began(read)
+        return read
+
+    def closed(self, read: Read) -> None:
+        """The file that was read was closed."""
+        self._renewal.closed(read)
 
     def changed(self, path: str) -> None:
         """A cube's files changed. What is not mounted is looked at when it is."""
@@ -306,17 +324,16 @@ class Link:
     def _mount_all(self) -> None:
         while (asked := self._mounts.get()) is not None:
             try:
-                self._mount(asked)
+                self._mount(asked.path, asked.kind, asked.caller)
             except MISFITS:
-                self._renewal.read(asked)
+                asked.ticket.misfit = True
             finally:
                 with self._lock:
                     self._asked.pop((asked.path, asked.kind, asked.caller), None)
                 asked.ticket.finish()
 
-    def _mount(self, asked: Asked) -> None:
+    def _mount(self, path: str, kind: str, caller: Caller) -> None:
         """Raises MISFITS where the file cannot be used, and one made from the text could."""
-        path, kind, caller, _ = asked
         try:
             with connect(self._config, start=self._config.autostart) as client:
                 self._look_now.set()
@@ -330,18 +347,22 @@ class Link:
             if self._config.autostart or not isinstance(e, RuntimeUnavailable):
                 self._refused(path, kind, caller.uid, e)
 
-    def _use(self, asked: Asked) -> None:
-        """A KV cache that does not fit was read, and not in passing."""
-        self._thread(lambda: self._renew(asked))
+    def _use(self, read: Read) -> None:
+        """A memory was read, and not in passing."""
+        if (read.path, read.caller) not in self._made:
+            self._thread(lambda: self._renew(read))
 
-    def _renew(self, asked: Asked) -> None:
-        """Has it made anew, and mounted."""
-        making = self.make(asked.path, asked.caller)
+    def _renew(self, read: Read) -> None:
+        """Has a KV cache that does not fit made anew, and mounted."""
+        read.ticket.wait()
+        if not read.ticket.misfit:
+            return
+        making = self.make(read.path, read.caller)
         making.wait(threading.TIMEOUT_MAX)
         self.leave(making)
         if making.error is None:
             with contextlib.suppress(*MISFITS):  # another model's runtime was there in between
-                self._mount(asked)
+                self._mount(read.path, "kv", read.caller)
 
     def _make(self, making: Making, caller: Caller) -> None:
         error: MemfsError | None = None

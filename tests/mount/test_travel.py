@@ -24,6 +24,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from memfs.config import Config
+from memfs.filesystem.renewal import SCAN_SECONDS
 from memfs.runtime.client import RuntimeClient, connect, stop
 
 from .conftest import Mount, until
@@ -328,26 +329,62 @@ def test_what_is_no_use_of_it(away: Machine, foreign: Path, tmp_path: Path) -> N
         run("cp", "-a", tmp_path / "copy", quiet.dir / "copy")
         assert until(lambda: quiet.meta("copy")["state"]["kv"]["state"] == "foreign")
         read(quiet.dir / "copy")
-        time.sleep(1)
+        time.sleep(2 * SCAN_SECONDS)
         assert quiet.meta("copy")["state"]["kv"]["state"] == "foreign"
     assert (away.store / foreign.name / "kv.safetensors").stat().st_ino == inode
     assert away.kv(foreign.name)["state"] == "foreign"
 
 
-def test_a_scan_makes_nothing(away: Machine, foreign: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def several(away: Machine, foreign: Path, tmp_path: Path) -> list[Path]:
+    """More cubes with the KV cache of another model, in a directory of their own."""
     away.memfs("dump", foreign, "-o", tmp_path / "dump.tar")
-    for number in range(6):
-        away.memfs("load", tmp_path / "dump.tar", away.dir, "--as", f"scanned/{number}")
-    names = [f"scanned/{number}" for number in range(6)]
-    for name in names:
+    collection = away.dir / f"{foreign.name}-several"
+    cubes = [collection / str(number) for number in range(4)]
+    for cube in cubes:
+        name = str(cube.relative_to(away.dir))
+        away.memfs("load", tmp_path / "dump.tar", away.dir, "--as", name)
         assert away.kv(name)["state"] == "foreign"
-    subprocess.run(["grep", "-rc", "keeper", away.dir / "scanned"], capture_output=True, check=True)
-    subprocess.run(["cp", "-a", away.dir / "scanned", tmp_path / "backup"], check=True)
-    time.sleep(1)
+    return cubes
+
+
+def require_nothing_made(away: Machine, cubes: list[Path]) -> None:
+    """No KV cache of these is made anew, nor will be for what was read until now."""
+    time.sleep(2 * SCAN_SECONDS)
     with away.client() as client:
         assert client.call("status", timeout=10)["encoding"] == 0
+    names = [str(cube.relative_to(away.dir)) for cube in cubes]
     assert {away.kv(name)["state"] for name in names} == {"foreign"}
     assert away.in_model().isdisjoint(names)
+
+
+def test_a_scan_makes_nothing(away: Machine, several: list[Path], tmp_path: Path) -> None:
+    collection = several[0].parent
+    subprocess.run(["grep", "-rc", "keeper", collection], capture_output=True, check=True)
+    subprocess.run(["cp", "-a", collection, tmp_path / "backup"], check=True)
+    require_nothing_made(away, several)
+
+
+def test_a_scan_of_files_that_take_long_makes_nothing(away: Machine, several: list[Path]) -> None:
+    """Each is read for longer than a scan may pause, as a file of gigabytes is; one fits."""
+    away.memfs("encode", several[1])
+    for cube in several:
+        with open(cube / "kv.safetensors", "rb", buffering=0) as file:
+            while file.read(1 << 16):
+                pass
+            time.sleep(1.5 * SCAN_SECONDS)
+    require_nothing_made(away, [several[0], *several[2:]])
+
+
+def test_files_that_are_read_at_the_same_time_are_a_scan(
+    away: Machine, several: list[Path]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for cube in several:
+            file = stack.enter_context(open(cube / "kv.safetensors", "rb", buffering=0))
+            while file.read(1 << 16):
+                pass
+    require_nothing_made(away, several)
 
 
 def test_a_damaged_one_is_said_so(home: Machine, away: Machine, cube: Path) -> None:

@@ -23,7 +23,7 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, program
 from memfs.filesystem.handles.handle import OpenFile
 from memfs.filesystem.link import Link
-from memfs.filesystem.renewal import Ticket
+from memfs.filesystem.renewal import Read
 
 ACKNOWLEDGED_SECONDS = 1.0
 """How long a close waits for the mount that its reads started, where the runtime answers at all."""
@@ -63,16 +63,20 @@ class Reading:
         """Whether the cube's KV cache is in the model for this reader."""
         return self._link.is_mounted(cube, context.uid)
 
-    def began(self, cube: str, kind: str, context: Context) -> Ticket:
+    def began(self, cube: str, kind: str, context: Context) -> Read:
         """A read that counts. At once; the mount goes on by itself."""
         self._catalogue.count(cube, reads=1)
-        return self._link.mount(cube, kind, context.caller())
+        return self._link.read(cube, kind, context.caller())
 
-    def settle(self, ticket: Ticket) -> None:
+    def closed(self, read: Read) -> None:
+        """The last of the reader's descriptors is gone."""
+        self._link.closed(read)
+
+    def settle(self, read: Read) -> None:
         """The reader closes the file: what it started should show, where that takes no time."""
         if self._link.answers_at_once and self._closing.acquire(blocking=False):
             try:
-                if not ticket.wait(ACKNOWLEDGED_SECONDS):
+                if not read.ticket.wait(ACKNOWLEDGED_SECONDS):
                     self._link.timed_out()
             finally:
                 self._closing.release()
@@ -105,14 +109,14 @@ class OpenBlob(OpenFile):
         self._reading = reading
         self._context = context
         self._ino = ino
-        self._ticket: Ticket | None = None
+        self._read: Read | None = None
         self._header_end = _header_end(fd)
         if not seen and reading is not None:
             self._count(reading)
 
     def read(self, buffer: memoryview, offset: int) -> int:
         reading = self._reading
-        if reading is not None and self._ticket is None:
+        if reading is not None and self._read is None:
             size = os.fstat(self.fd).st_size
             if counts(offset, len(buffer), self._header_end, size):
                 self._count(reading)
@@ -123,9 +127,15 @@ class OpenBlob(OpenFile):
         return found if self._ino is None else altered(found, st_ino=self._ino)
 
     def flush(self) -> None:
-        ticket, reading = self._ticket, self._reading
-        if ticket is not None and reading is not None:
-            reading.settle(ticket)
+        read, reading = self._read, self._reading
+        if read is not None and reading is not None:
+            reading.settle(read)
+
+    def release(self) -> None:
+        super().release()
+        read, reading = self._read, self._reading
+        if read is not None and reading is not None:
+            reading.closed(read)
 
     def _count(self, reading: Reading) -> None:
         context = self._context()
@@ -133,7 +143,7 @@ class OpenBlob(OpenFile):
             self._reading = None
             return
         role, cube = layout.classify(self.path)
-        self._ticket = reading.began(cube, role.value, context)
+        self._read = reading.began(cube, role.value, context)
 
 
 def _header_end(fd: int) -> int:
