@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from memfs.config import Config
 from memfs.cube import layout
-from memfs.cube.metadata import rfc3339
-from memfs.errors import IndexDamaged, NotAllowed
+from memfs.errors import IndexDamaged
 from memfs.filesystem import audit
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles.table import HandleTable
+from memfs.filesystem.journal import Journal
 from memfs.filesystem.keeper import IndexKeeper, Model
 from memfs.filesystem.past.historian import Historian
 from memfs.index.records import Usage
@@ -31,7 +30,6 @@ from memfs.vault.store import Store
 if TYPE_CHECKING:
     from memfs.index.lmdb_index import Index
     from memfs.index.refresh import Change
-    from memfs.vault.trail.writer import Trail
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +37,6 @@ SMALL_KV = 32 << 20
 """Bytes of a KV cache that are checked at once, some ten milliseconds; a larger one later."""
 
 _RECENT = 8192
-_REFUSALS = 20
 _FRESH_SECONDS = 600.0
 _TICK_NS = 20_000_000
 """The kernel's clock for file times may be behind by so much."""
@@ -61,39 +58,26 @@ class Catalogue:
             versions_budget: see ``Historian``.
         """
         self.store = store
+        self.journal = Journal(store)
         self.handles = HandleTable()
         """The open files of the mount: they tell who is writing, and hear of a cube that froze."""
         self.keeper = IndexKeeper(
             store,
-            tell=self._tell_nobodys,
+            tell=self._on_found,
             on_change=self._on_change,
             on_scan=self._on_scan,
             must_wait=self._must_wait,
         )
         self.frozen = Frozen(store, self._was_frozen)
         self.history = Historian(store, self.keeper, versions_budget)
-        self.refusals: deque[dict[str, Any]] = deque(maxlen=_REFUSALS)
-        """What was refused lately, with the reasons, for ``status``."""
         self._changed = changed
-        self._trail: Trail | None = None
-        self._told: dict[str, Change] = {}
-        """What the trail was last told of a cube."""
-        self._denials = audit.Denials()
-        self._early: set[str] = set()
-        """Cubes whose change was told of before there was an index to compare them with."""
         self._recent: dict[str, CubeFacts] = {}
         self._fresh: dict[str, tuple[Sig, float]] = {}
         """The headers that memfs gave to new cubes, as they then were, and when that was."""
 
     def start(self) -> None:
         """Opens the audit trail, and behind it the index and the versions. After the fork."""
-        if self.store.writable:
-            from memfs.vault.trail.writer import Trail
-
-            try:
-                self._trail = Trail(self.store)
-            except (OSError, NotAllowed) as e:
-                log.error("there is no audit trail: %s", e)
+        self.journal.start()
         self.keeper.start()
         self.history.start()
 
@@ -101,9 +85,7 @@ class Catalogue:
         """Closes them all."""
         self.history.stop()  # it asks the index
         self.keeper.stop()
-        trail, self._trail = self._trail, None
-        if trail is not None:
-            trail.close()
+        self.journal.stop()
 
     # One cube
 
@@ -158,7 +140,7 @@ class Catalogue:
         cubes = self.keeper.ask(lambda index: index.move(old, new), 0)
         if cubes:
             event = {"event": "renamed", "path": new, "from": old, "cubes": cubes}
-            self.log(event | audit.actor(by))
+            self.journal.log(event | audit.actor(by))
         else:
             self.keeper.later_below(new)
         self.history.moved(new)
@@ -186,7 +168,7 @@ class Catalogue:
             self.keeper.set_model(model)
             self._recent.clear()
 
-    # Usage and audit trail
+    # Usage
 
     def usage(self, cube_id: str | None) -> Usage | None:
         """How often a cube was used; None while there is no index."""
@@ -204,23 +186,6 @@ class Catalogue:
             self.keeper.ask(
                 lambda index: index.count(cube_id, reads=reads, questions=questions), None
             )
-
-    def log(self, event: dict[str, Any]) -> None:
-        """Adds to the audit trail, and a refusal to those that ``status`` shows.
-
-        A store that cannot be written has no trail.
-        """
-        if event.get("event") == "refused":
-            self.refusals.append({"time": rfc3339(), **event})
-        trail = self._trail
-        if trail is not None and not self._denials.repeats(event):
-            trail.append(event)
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """The audit trail, oldest first."""
-        from memfs.vault.trail import records
-
-        return records.events(self.store)
 
     def cubes(self) -> int | None:
         """How many cubes there are; None while there is no index."""
@@ -242,7 +207,7 @@ class Catalogue:
         def tell(change: Change) -> None:
             nonlocal told
             told = True
-            self._tell(change, by)
+            self.journal.changed(change, by)
 
         if index is not None:
             try:
@@ -263,9 +228,7 @@ class Catalogue:
                 return change.before, change.after, change.matters
         before, after = self._looked_at_alone(path, adopting=adopting, check_kv=small)
         if not told:
-            self._early.add(path)
-            event = {"event": "changed", "path": path, "what": None}
-            self.log(event | {"after": after and after.payload_sha256} | audit.actor(by))
+            self.journal.changed_early(path, after, by)
         return before, after, True
 
     def _looked_at_alone(
@@ -280,31 +243,6 @@ class Catalogue:
         if adopting and after is not None and after.meta_sig is None:
             after = adopt(self.store, path, after, lambda _: None)
         return before, after
-
-    def _tell(self, change: Change, by: Context | None) -> None:
-        """Has the audit trail say what happened to a cube."""
-        path, before, after = change
-        last = self._told.get(path)
-        if last is not None and last.before == before:
-            before = last.after  # told, but the index could not take it in: the disk was full
-        self._remember_told(change)
-        who = None
-        for event in audit.changes(path, before, after):
-            who = audit.actor(by) if who is None else who
-            self.log(event | who)
-
-    def _tell_nobodys(self, change: Change) -> None:
-        """The same of a change that no operation told of: it was made beside the mount."""
-        if change.path in self._early:
-            self._early.discard(change.path)
-            self._remember_told(change)
-        elif change.before is not None or self.keeper.ask(_is_complete, False):
-            self._tell(change, None)
-
-    def _remember_told(self, change: Change) -> None:
-        if len(self._told) >= _RECENT:
-            self._told.clear()
-        self._told[change.path] = change
 
     def _freeze(self, change: Change) -> None:
         """Has open files take no writes in a cube that was frozen, and again in one that thawed."""
@@ -328,6 +266,10 @@ class Catalogue:
             return False
         self.handles.freeze(path, self._is_frozen)
         return True
+
+    def _on_found(self, change: Change) -> None:
+        """A change is about to be taken in that no operation told of."""
+        self.journal.found(change, may_be_new=self.keeper.ask(_is_complete, False))
 
     def _on_change(self, change: Change) -> None:
         """A change was taken in that no operation told of."""

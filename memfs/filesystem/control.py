@@ -161,7 +161,7 @@ class Control:
     def _events(self, uid: int | None) -> bytes:
         return b"".join(
             json.dumps(event | {"time": rfc3339(event["time"])}).encode() + b"\n"
-            for event in self._catalogue.events()
+            for event in self._catalogue.journal.events()
             if uid is None or event.get("uid") == uid
         )
 
@@ -185,7 +185,7 @@ class Control:
                     for cube, found in state.mounted.items()
                 ],
             }
-        refusals = list(self._catalogue.refusals)
+        refusals = list(self._catalogue.journal.refusals)
         mounted = [line for line in runtime["mounted"] if line["store"] == self._mount.store]
         if uid is not None:
             mounted = [line for line in mounted if uid in line.get("sessions", ())]

@@ -46,7 +46,7 @@ class Guard:
     def denied(self, cube: str, right: str, why: str, **more: str) -> None:
         """Has the trail say that the caller was denied something."""
         event = {"event": "denied", "path": cube, "right": right, "reason": why}
-        self._catalogue.log(event | more | audit.actor(self._context()))
+        self._catalogue.journal.log(event | more | audit.actor(self._context()))
 
     def looked_at(self, path: str, cube: str, found: Status) -> None:
         """The kernel asks for the status of a file before it lets somebody open it, or does not.

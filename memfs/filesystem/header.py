@@ -180,7 +180,7 @@ class Headers:
             else:
                 reason += f" (what was written is in {layout.REJECTED})"
         event = {"event": "refused", "path": cube, "kind": "meta", "reason": reason}
-        self._catalogue.log(event | audit.actor(context))
+        self._catalogue.journal.log(event | audit.actor(context))
         if self._taken.pop(cube, None) == context.pid:
             self._put_back(cube)
 

@@ -74,7 +74,7 @@ class Server:
     def happened(self, event: dict[str, Any]) -> None:
         """Something happened to a cube: the audit trail keeps it."""
         kept = {name: value for name, value in event.items() if name not in ("store", "time")}
-        self._catalogue.log(kept)
+        self._catalogue.journal.log(kept)
         path = str(event.get("path"))
         if event.get("event") == "asked":
             self._catalogue.count(path, questions=1)

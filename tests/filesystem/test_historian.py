@@ -48,7 +48,7 @@ def test_a_file_put_together_aside_is_a_change_of_its_cube(forest: Forest) -> No
     newest = forest.catalogue.history.newest(cube_id)
     assert newest is not None
     assert newest.files["payload.md"].size == len("brought back")
-    (event,) = [e for e in forest.catalogue.events() if e["event"] == "changed"][-1:]
+    (event,) = [e for e in forest.catalogue.journal.events() if e["event"] == "changed"][-1:]
     assert event["path"] == "law"
 
 
