@@ -196,6 +196,7 @@ class Stores:
         return Cube(store, path)
 
     def _store(self, root: str, *, own: bool) -> Store:
+        root = os.path.realpath(root)  # a symlink is no other store, and may lead elsewhere later
         store = self._open.get(root)
         if store is None or not _same_directory(store, root):
             store = Store.open(Path(root), create_control=False)

@@ -130,7 +130,8 @@ class Mounted:
             if entries[0].users == 1:
                 question.lone = entries[0].value.cache
             return None
-        key = "placed\0" + "\0".join(e.value.payload_sha256 for e in entries)
+        # These very files: whoever may read the same text may have put other rows beside it.
+        key = "placed\0" + "\0".join(f"{e.key}\0{e.value.kv_signature}" for e in entries)
         found = self.residency.use(key)
         if found and not found.users:
             found.users += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,6 +23,9 @@ from memfs.runtime.service import Service
 log = logging.getLogger("memfs.runtime")
 
 Request = dict[str, Any]
+
+_IDS = frozenset({"uid", "gid", "gids"})
+"""What of a request names a user."""
 
 
 class Server:
@@ -84,7 +88,12 @@ class Server:
     def _caller(self, request: Request, peer: Caller) -> Caller:
         """Whose rights count: the peer's; the mount process (root, or the daemon's own user) may
         say for which user it asks."""
-        return (self._is_trusted(peer) and Caller.from_wire(request)) or peer
+        if not self._is_trusted(peer) or _IDS.isdisjoint(request):
+            return peer
+        caller = Caller.from_wire(request)
+        if caller is None:  # never the mount's own rights instead
+            raise InvalidRequest("a user is named by uid and gids, or uid and gid, all numbers")
+        return caller
 
     def _is_trusted(self, peer: Caller) -> bool:
         return peer.uid in (0, self._own_uid)
@@ -127,9 +136,10 @@ class Server:
                 yield event
         elif op == "subscribe":
             root = str(request.get("store"))
-            if not self._is_trusted(peer) and not service.owns(peer, root):
-                raise NotAllowed(f"{root}: only its owner is told of what happens in a store")
             async for event in service.subscribe(root):
+                # Each time: another's store may have come to stand there.
+                if not self._is_trusted(peer) and not service.owns(peer, root):
+                    raise NotAllowed(f"{root}: only its owner is told of what happens in a store")
                 yield event
         elif op == "stop":
             if not self._is_trusted(peer):
@@ -159,9 +169,11 @@ class Server:
 
     def _stores_cube(self, request: Request, peer: Caller, field: str = "path") -> Cube:
         """A cube that the mount of its store tells of."""
-        if not self._is_trusted(peer) and not self._service.owns(peer, str(request.get("store"))):
+        cube = self._cube(request, peer, field)
+        # The store that is open, not what the path leads to by now.
+        if not self._is_trusted(peer) and os.fstat(cube.store.fd).st_uid != peer.uid:
             raise NotAllowed("only its owner tells of what changes in a store")
-        return self._cube(request, peer, field)
+        return cube
 
 
 def _next_line(line: asyncio.Task[bytes]) -> bool:

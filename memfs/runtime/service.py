@@ -256,9 +256,9 @@ class Service:
             self._subscribers.discard(queue)
 
     def owns(self, caller: Caller, root: str) -> bool:
-        """Whether a user owns the store at ``root``."""
+        """Whether a user owns the store at ``root``, which is its real path."""
         try:
-            return os.path.isabs(root) and os.lstat(root).st_uid == caller.uid
+            return os.path.realpath(root) == root and os.lstat(root).st_uid == caller.uid
         except OSError:
             return False
 
