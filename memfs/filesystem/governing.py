@@ -82,14 +82,14 @@ class Governing:
         uid = _user(wanted.plain["owner"]) if "owner" in wanted.plain else -1
         gid = _group(wanted.plain["group"]) if "group" in wanted.plain else -1
         store = self._backing.store
-        before = rights.acl_of(store, path)
+        was, before = store.stat(path).st_uid, rights.acl_of(store, path)
         if wanted.entries:
             rights.set_acl(store, path, before.with_entries(wanted.entries))
         if (uid, gid) != (-1, -1):
             self._backing.chown(path, uid, gid)
         if "mode" in wanted.plain:
             self._backing.chmod(path, int(wanted.plain["mode"], 8))
-        rights.carry_over(store, cube, before)
+        rights.carry_over(store, cube, context.uid, was=was, before=before)
 
     def require_thaw(
         self, cube: str, meta: Meta, old: Meta, context: Context, *, governed: bool

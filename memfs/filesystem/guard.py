@@ -48,6 +48,15 @@ class Guard:
         event = {"event": "denied", "path": cube, "right": right, "reason": why}
         self._catalogue.journal.log(event | more | audit.actor(self._context()))
 
+    def may_read(self, path: str) -> bool:
+        """Whether the caller may read a file of the store, which memfs could for anybody.
+
+        Raises FileNotFoundError where there is none.
+        """
+        found = self._catalogue.store.stat(path)
+        raw = acl_bytes(self._catalogue.store, path) if stat.S_ISREG(found.st_mode) else None
+        return allowed(self._context().caller(), found, READ, Acl.parse(raw) if raw else None)
+
     def looked_at(self, path: str, cube: str, found: Status) -> None:
         """The kernel asks for the status of a file before it lets somebody open it, or does not.
 

@@ -8,6 +8,7 @@ be removed, and ``elsewhere`` remembers it until libfuse unlinks it for good.
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections.abc import Callable
 
@@ -80,6 +81,8 @@ class Names:
     def link(self, old: str, new: str) -> None:
         self._require(old, new)  # by another name it could be written
         self._publish(old)
+        if layout.classify(new)[0] is Role.META:
+            self._require_readable(old)
         self._backing.link(old, new)
         self._touch(new, written=True)
 
@@ -183,6 +186,7 @@ class Names:
         found = self._backing.status(source)
         if not stat.S_ISREG(found.st_mode):
             return None
+        self._require_readable(source)
         text = self._backing.store.read(
             self._backing.elsewhere.get(source, source), metadata.MAX_BYTES
         )
@@ -238,6 +242,14 @@ class Names:
             require_free(path)
             self._guard.require_writable(path)
 
+    def _require_readable(self, path: str) -> None:
+        """Raises where a file is to become a header that its mover may not read.
+
+        memfs reads it, tells of it and keeps it where it is refused: for who could do so himself.
+        """
+        if not self._guard.may_read(self._backing.elsewhere.get(path, path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
     def _publish(self, path: str) -> None:
         """What is still being written beside its place is put there before it gets another."""
         for handle in self._handles.on(path):
@@ -249,9 +261,9 @@ class Names:
         if cube:
             role = layout.classify(path)[0] if written else Role.OTHER
             text, header = role is Role.PAYLOAD, role is Role.META
-            if role is not Role.OTHER:
-                carry_over(self._backing.store, cube)
             by = self._context()
+            if role is not Role.OTHER:
+                carry_over(self._backing.store, cube, by.uid)
             self._catalogue.touch(cube, adopting=text or header, header=header, by=by)
 
     def _touch_later(self, path: str) -> None:

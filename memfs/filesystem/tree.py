@@ -68,7 +68,7 @@ class Tree:
         self._blobs = Blobs(backing, catalogue, reading, self._makers, self._guard, context)
         self._past = Past(catalogue, context)
         self._control = Control(mount, catalogue, link, self.passthrough, self._past, context)
-        self._attributes = CubeAttributes(backing, catalogue, link, context)
+        self._attributes = CubeAttributes(backing, catalogue, link, self._guard, context)
         self.opening = Opening(
             backing,
             self.handles,
@@ -156,8 +156,9 @@ class Tree:
     def chown(self, path: str, uid: int, gid: int) -> None:
         """Changes owner and group; -1 leaves one as it is."""
         self._require_writable(path)
+        was = self._backing.status(path).st_uid
         self._backing.chown(path, uid, gid)
-        self._governed(path)
+        self._governed(path, was=was)
 
     def utimens(self, path: str, accessed: Time, modified: Time) -> None:
         self._require_writable(path)
@@ -202,14 +203,14 @@ class Tree:
         if name == XATTR:
             self._drop_setgid(path)
         if before is not None:
-            self._governed(path, before)
+            self._governed(path, before=before)
 
     def removexattr(self, path: str, name: str) -> None:
         self._require_writable(path)
         before = self._acl_before(path, name)
         self._attributes.remove(path, name)
         if before is not None:
-            self._governed(path, before)
+            self._governed(path, before=before)
 
     def _drop_setgid(self, path: str) -> None:
         """Who gives an access list to a file of a group that is not his takes its setgid bit.
@@ -249,12 +250,13 @@ class Tree:
             return None
         return acl_of(self._backing.store, self._backing.elsewhere.get(path, path))
 
-    def _governed(self, path: str, before: Acl | None = None) -> None:
+    def _governed(self, path: str, *, was: int | None = None, before: Acl | None = None) -> None:
         """Owner, group, mode and access list of the text are the cube's."""
         role, cube = layout.classify(path)
         if role is Role.PAYLOAD:
-            carry_over(self._backing.store, cube, before)
-            self._catalogue.touch(cube, by=self._context())
+            by = self._context()
+            carry_over(self._backing.store, cube, by.uid, was=was, before=before)
+            self._catalogue.touch(cube, by=by)
 
     def _require_shown(self, path: str) -> None:
         if is_reserved(path):

@@ -2,11 +2,13 @@
 
 What stays true of the files wherever they are copied is listed, so ``getfattr -d`` shows it; live
 counters can be asked for by name. To set or remove any of them does nothing and succeeds: ``cp -a``
-and ``rsync -X`` copy what they find listed. Used by the tree; any thread.
+and ``rsync -X`` copy what they find listed. They tell of the text and the header, and the directory
+is often open to everybody: who may not read both files sees none. Used by the tree; any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from memfs.cube.acl import XATTR
 from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context
+from memfs.filesystem.guard import Guard
 from memfs.filesystem.link import Link
 from memfs.vault.facts import CubeFacts
 
@@ -23,6 +26,7 @@ PREFIX = "user.memfs."
 _SPECIAL = frozenset(
     {layout.Role.PAYLOAD, layout.Role.KV, layout.Role.ADAPTER_WEIGHTS, layout.Role.META}
 )
+_TRUSTED = "trusted."
 _LIVE = ("reads", "questions", "last_used", "mounted")
 
 
@@ -30,11 +34,17 @@ class CubeAttributes:
     """Extended attributes, real and made up."""
 
     def __init__(
-        self, backing: Backing, catalogue: Catalogue, link: Link, context: Callable[[], Context]
+        self,
+        backing: Backing,
+        catalogue: Catalogue,
+        link: Link,
+        guard: Guard,
+        context: Callable[[], Context],
     ) -> None:
         self._backing = backing
         self._catalogue = catalogue
         self._link = link
+        self._guard = guard
         self._context = context
 
     def names(self, path: str) -> list[str]:
@@ -44,11 +54,14 @@ class CubeAttributes:
             real = [n for n in self._backing.listxattr(path) if not n.startswith(PREFIX)]
         except FileNotFoundError as e:
             missing = e  # a KV cache that could be made has no file, but facts
+        if self._context().uid != 0:  # as a disk does; it asks for CAP_SYS_ADMIN
+            real = [n for n in real if not n.startswith(_TRUSTED)]
         cube = _cube_of(path)
         facts = self._catalogue.facts(cube)
         if missing is not None and (facts is None or cube == path):
             raise missing
-        return real + [PREFIX + name for name in (_portable(facts) if facts else {})]
+        told = facts is not None and self._may_know(cube)
+        return real + [PREFIX + name for name in (_portable(facts) if facts and told else {})]
 
     def get(self, path: str, name: str) -> bytes:
         """The value of one attribute. ENODATA where there is none."""
@@ -58,7 +71,7 @@ class CubeAttributes:
             return self._backing.getxattr(path, name)
         cube, short = _cube_of(path), name.removeprefix(PREFIX)
         facts = self._catalogue.facts(cube)
-        if facts is not None:
+        if facts is not None and self._may_know(cube):
             value = _portable(facts).get(short)
             if value is None and short in _LIVE:
                 value = self._live(cube, facts, short)
@@ -75,6 +88,17 @@ class CubeAttributes:
         """Removes an attribute; nothing is done for memfs's own."""
         if not name.startswith(PREFIX):
             self._backing.removexattr(path, name)
+
+    def _may_know(self, cube: str) -> bool:
+        """Whether the caller may read what the attributes tell of, as far as it is there."""
+        if self._context().uid == 0:
+            return True
+        for name in (layout.PAYLOAD, layout.META):
+            path = layout.join(cube, name)
+            with contextlib.suppress(FileNotFoundError):
+                if not self._guard.may_read(self._backing.elsewhere.get(path, path)):
+                    return False
+        return True
 
     def _access_list(self, path: str) -> bytes:
         """The kernel's access list; a KV cache that could be made has that of its text."""

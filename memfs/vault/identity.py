@@ -54,12 +54,13 @@ def adopt(
         meta = metadata.as_copy(found)
     else:
         return facts
+    own = layout.join(path, layout.META)
     try:
         status = publish_bytes(
             store,
-            layout.join(path, layout.META),
+            own,
             metadata.render(meta),
-            like=holder(store, path),
+            like=holder(store, path) if facts.meta_sig is None else own,
             replace=facts.meta_sig is not None,
         )
     except FileExistsError:

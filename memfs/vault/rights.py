@@ -4,6 +4,9 @@ A KV cache holds the token ids of the text, an adapter was trained on it, and th
 it: who may not read the one may not read the others. So what is changed on ``payload.md`` through
 the mount is carried over to them, and what memfs makes takes them from there. A user or group that
 the access list names is also let into the cube's directory. Any thread.
+
+A name makes no file the cube's: anybody who may rename another's file can call it ``meta.json``. So
+a file's rights are changed for nobody who could not change them himself: see ``carry_over``.
 """
 
 from __future__ import annotations
@@ -49,13 +52,19 @@ def set_acl(store: Store, path: str, acl: Acl) -> None:
             os.chmod(reference, stat.S_IMODE(mode | acl.owner << 6 | acl.group << 3 | acl.other))
 
 
-def carry_over(store: Store, cube: str, before: Acl | None = None) -> None:
+def carry_over(
+    store: Store, cube: str, caller: int, *, was: int | None = None, before: Acl | None = None
+) -> None:
     """Gives the other files of a cube the owner, group, mode and access list of its payload.md.
 
-    Args:
-        before: the list it had: who stood in it, and does no longer, needs no way to it any more.
+    Only the caller's own files follow; where that is root, the files of whom the text belongs to,
+    or did before a ``chown``, and root's. All others stay as they are, and so does what this
+    process may not change (another's file, on a mount that is not root's).
 
-    What may not be changed by this process (another's file, on a mount that is not root's) stays.
+    Args:
+        caller: the user who changed the text, or gave one of the files its name.
+        was: the owner the text had.
+        before: the list it had: who stood in it, and does no longer, needs no way to it any more.
     """
     payload = layout.join(cube, layout.PAYLOAD)
     try:
@@ -64,12 +73,14 @@ def carry_over(store: Store, cube: str, before: Acl | None = None) -> None:
         return
     if not stat.S_ISREG(found.st_mode):
         return
+    owners = {caller} if caller else {0, found.st_uid, was}
     for below, names in (_CARRIED, _CARRIED_BELOW):
         for name in names:
             path = layout.join(layout.join(cube, below) if below else cube, name)
             absent = FileNotFoundError, NotADirectoryError
             with contextlib.suppress(*absent, PermissionError), _at(store, path) as reference:
-                _dress(reference, found, acl)
+                if os.stat(reference).st_uid in owners:
+                    _dress(reference, found, acl)
     with contextlib.suppress(PermissionError):
         _let_in(store, cube, acl, before)
 
