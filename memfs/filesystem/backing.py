@@ -2,26 +2,25 @@
 
 Nothing here knows what a cube is. A file that is being written beside its place (see ``staged``),
 or that was unlinked while open, lies under another name than the mount shows: ``elsewhere`` says
-where, and every verb on a path goes there. Used by the tree and its handles; any thread.
+where, and every verb on a path goes there; only what is renamed arrives at the very path. Used by
+the tree and its handles; any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import re
 import stat
 import threading
 from collections.abc import Iterator
 
 from memfs.cube import layout
 from memfs.filesystem import syscalls
-from memfs.filesystem.attributes import Status
 from memfs.filesystem.context import Context
+from memfs.filesystem.elsewhere import Elsewhere, is_hidden
 from memfs.vault.rename import renameat2
 from memfs.vault.store import Store
-
-_HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}")
 
 _DEFAULT_LIST = "system.posix_acl_default"
 
@@ -37,32 +36,35 @@ class Backing:
         """``noatime`` says that reading a file through this mount leaves no access time."""
         self.store = store
         self._always = os.O_NOATIME if noatime else 0
-        self.elsewhere: dict[str, str] = {}
-        """A path of the mount, and the path in the store that its file has for now."""
+        self.elsewhere = Elsewhere()
         self.moving = threading.RLock()
-        """Held while a name in ``elsewhere`` comes, goes or is used to rename, and while a
-        directory is renamed: a file must not be put into its place through a path that no longer
-        is.
+        """Held while a name in ``elsewhere`` comes, goes or is used, and while a directory is
+        renamed: a file must not be put into its place through a path that no longer is, nor be
+        looked for where it no longer lies.
         """
 
     @contextlib.contextmanager
     def at(self, path: str) -> Iterator[tuple[int, str]]:
         """A descriptor of the directory that a file is in, and its name there."""
-        parent, name = layout.split(self.elsewhere.get(path, path))
-        with self.store.opened(parent) as fd:
-            yield fd, name or "."
+        with self._placed(path) as real:
+            parent, name = layout.split(real)
+            with self.store.opened(parent) as fd:
+                yield fd, name or "."
+
+    @contextlib.contextmanager
+    def _placed(self, path: str) -> Iterator[str]:
+        """Where the file at a path lies, and goes on to lie for now."""
+        if path not in self.elsewhere:  # and what leaves it is in its place before that
+            yield path
+        else:
+            with self.moving:
+                yield self.elsewhere.get(path, path)
 
     def status(self, path: str) -> os.stat_result:
-        return self.store.stat(self.elsewhere.get(path, path))
-
-    def hidden_links(self, found: Status) -> int:
-        """How many of a file's links are names that it was unlinked by while it was open."""
-        count = 0
-        for shown, real in list(self.elsewhere.items()):
-            if is_hidden(shown):
-                with contextlib.suppress(FileNotFoundError):  # closed for good by now
-                    count += self.store.stat(real).st_ino == found.st_ino
-        return count
+        if path not in self.elsewhere:
+            return self.store.stat(path)
+        with self._placed(path) as real:
+            return self.store.stat(real)
 
     def exists(self, path: str) -> bool:
         try:
@@ -78,15 +80,19 @@ class Backing:
         flags = flags & ~_DROPPED | self._always
         if flags & os.O_ACCMODE == os.O_WRONLY:
             flags = flags & ~os.O_ACCMODE | os.O_RDWR
-        path = self.elsewhere.get(path, path)
-        try:
-            return self.store.open_file(path, flags)
-        except PermissionError:
-            # A file that may be written but not read, on a mount that is not root's; or an
-            # O_NOATIME that the kernel gives only to the owner.
-            if flags & os.O_ACCMODE == os.O_RDWR:
-                flags = flags & ~os.O_ACCMODE | os.O_WRONLY
-            return self.store.open_file(path, flags & ~os.O_NOATIME)
+        with self._placed(path) as real:
+            try:
+                return self.store.open_file(real, flags)
+            except PermissionError:
+                # A file that may be written but not read, on a mount that is not root's; or an
+                # O_NOATIME that the kernel gives only to the owner.
+                if flags & os.O_ACCMODE == os.O_RDWR:
+                    flags = flags & ~os.O_ACCMODE | os.O_WRONLY
+                return self.store.open_file(real, flags & ~os.O_NOATIME)
+            except FileNotFoundError:
+                if is_hidden(path):  # it was replaced since its name was looked up, and then closed
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path) from None
+                raise
 
     def take_setuid(self, fd: int, context: Context) -> None:
         """Takes the setuid and setgid bits of a file whose content somebody has just emptied.
@@ -142,18 +148,18 @@ class Backing:
             os.rmdir(name, dir_fd=parent)
 
     def rename(self, old: str, new: str, flags: int = 0) -> None:
-        with self.at(old) as (source, old_name), self.at(new) as (parent, name):
+        with self._placed(old) as real:
+            self.move(real, new, flags)
+
+    def move(self, old: str, new: str, flags: int = 0) -> None:
+        """``rename`` of a file by its path in the store."""
+        below, old_name = layout.split(old)
+        above, name = layout.split(new)
+        with self.store.opened(below) as source, self.store.opened(above) as parent:
             if flags:
                 renameat2(source, old_name, parent, name, flags)
             else:
                 os.rename(old_name, name, src_dir_fd=source, dst_dir_fd=parent)
-
-    def moved(self, old: str, new: str) -> None:
-        """A directory was renamed, and with it the paths of what lies elsewhere below it."""
-        self.elsewhere = {
-            _after(shown, old, new): _after(real, old, new)
-            for shown, real in self.elsewhere.items()
-        }
 
     def chmod(self, path: str, mode: int) -> None:
         with self.at(path) as (parent, name), _reference(parent, name) as reference:
@@ -198,11 +204,7 @@ class Backing:
 
         memfs's own files are left out; a file that is being written beside its place is in.
         """
-        aside = {
-            layout.split(shown)[1]: real
-            for shown, real in list(self.elsewhere.items())
-            if layout.split(shown)[0] == path and not is_hidden(shown)
-        }
+        aside = dict(self.elsewhere.below(path))
         with os.scandir(fd) as entries:
             for entry in entries:
                 shown = not layout.is_temporary(entry.name)
@@ -226,11 +228,6 @@ def is_reserved(path: str) -> bool:
     name = layout.split(path)[1]
     own = layout.is_temporary(name) and not name.startswith(layout.INCOMING)
     return own or path == layout.CONTROL
-
-
-def is_hidden(path: str) -> bool:
-    """Whether a name is libfuse's for a file that was unlinked while it was open."""
-    return _HIDDEN.fullmatch(layout.split(path)[1]) is not None
 
 
 @contextlib.contextmanager
@@ -282,11 +279,6 @@ def _owner(found: os.stat_result, parent: os.stat_result, context: Context) -> t
         return found.st_uid, found.st_gid
     inherited = bool(parent.st_mode & stat.S_ISGID)
     return context.uid, found.st_gid if inherited else context.gid
-
-
-def _after(path: str, old: str, new: str) -> str:
-    """Where ``path`` is once ``old`` has become ``new``."""
-    return new + path[len(old) :] if path.startswith(old + "/") else path
 
 
 def _below(parent: int, name: str) -> str:

@@ -36,23 +36,25 @@ class Context(NamedTuple):
 
 
 class _Calls(NamedTuple):
-    """Numbers of system calls that make files; None where the machine has no such call."""
+    """Numbers of system calls on names; None where the machine has no such call."""
 
     open: int | None
     openat: int
     makers: frozenset[int]
     """mknod, mkdir and symlink, with and without a descriptor: they never take what is there.
     ``link`` is not one of them, as it looks up the old name, too."""
+    renamers: frozenset[int]
+    """rename, renameat and renameat2."""
     openat2: int = 437
 
 
-_GENERIC = _Calls(None, 56, frozenset({33, 34, 36}))
+_GENERIC = _Calls(None, 56, frozenset({33, 34, 36}), frozenset({38, 276}))
 _BY_MACHINE = {
-    "x86_64": _Calls(2, 257, frozenset({83, 88, 133, 258, 259, 266})),
+    "x86_64": _Calls(2, 257, frozenset({83, 88, 133, 258, 259, 266}), frozenset({82, 264, 316})),
     "aarch64": _GENERIC,
     "riscv64": _GENERIC,
-    "ppc64le": _Calls(5, 286, frozenset({14, 39, 83, 287, 288, 295})),
-    "s390x": _Calls(5, 288, frozenset({14, 39, 83, 289, 290, 297})),
+    "ppc64le": _Calls(5, 286, frozenset({14, 39, 83, 287, 288, 295}), frozenset({38, 293, 357})),
+    "s390x": _Calls(5, 288, frozenset({14, 39, 83, 289, 290, 297}), frozenset({38, 295, 347})),
 }
 _CALLS = _BY_MACHINE.get(platform.machine())
 
@@ -82,6 +84,14 @@ def creates(pid: int) -> bool | None:
         return True
     flags = _open_flags(pid, words) or 0
     return flags & os.O_CREAT != 0 and flags & os.O_EXCL != 0
+
+
+def renames(pid: int) -> bool | None:
+    """Whether the thread is inside a call that renames; None where that may not be known."""
+    words = _system_call(pid)
+    if _CALLS is None or words is None:
+        return None
+    return int(words[0]) in _CALLS.renamers
 
 
 def opens(pid: int) -> int | None:

@@ -317,8 +317,7 @@ class _Session(mfusepy.FUSE):
         return handle.path
 
     def getattr_fuse_3(self, raw: bytes | None, buffer: Any, info: Any) -> None:
-        handle = self._handle(info)
-        found = self._tree.open_status(handle) if handle is not None else None
+        found = self._tree.open_status(info.contents.fh) if info else None
         if found is None:
             found = self._tree.status(self._target(raw, info))
         fill(buffer, found)

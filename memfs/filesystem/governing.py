@@ -110,9 +110,10 @@ class Governing:
                 found = self._backing.status(layout.join(cube, name))
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+            links = found.st_nlink - self._backing.elsewhere.links(found)
+            if stat.S_ISREG(found.st_mode) and links > 1:
                 raise InvalidMetadata(
-                    f"state.frozen: {name} has {found.st_nlink} names (hard links),"
+                    f"state.frozen: {name} has {links} names (hard links),"
                     " and could be written by another"
                 )
 

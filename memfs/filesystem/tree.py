@@ -112,14 +112,14 @@ class Tree:
         if role is Role.META:
             return self._header_status(path, cube)
         if role in STAGED:
-            return self._blobs.status(path, role, cube)
+            return self._links_counted(self._blobs.status(path, role, cube))
         self._require_shown(path)
         return self._links_counted(self._backing.status(path), self.names.is_hidden(path))
 
-    def open_status(self, handle: Handle) -> Status | None:
+    def open_status(self, number: int) -> Status | None:
         """What ``fstat`` answers, where the open file says it; else its path is to be asked."""
-        found = handle.status()
-        return None if found is None else self._links_counted(found, handle.path is None)
+        found = self.handles.get(number).status()
+        return None if found is None else self._links_counted(found, self.handles.is_hidden(number))
 
     def release(self, number: int) -> None:
         """Closes an open file or directory for good."""
@@ -231,14 +231,14 @@ class Tree:
             if likely_creates(pid) if creating is None else creating:
                 # memfs made it a moment ago, and whoever copies a cube here brings the real one.
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        return shown_as(found, len(self._headers.shown(cube)))
+        return shown_as(self._links_counted(found), len(self._headers.shown(cube)))
 
-    def _links_counted(self, found: Status, hidden: bool) -> Status:
+    def _links_counted(self, found: Status, hidden: bool = False) -> Status:
         """``found`` without the links by which files are kept that were unlinked while open.
 
         libfuse takes one off by itself for a file that it knows as ``hidden``, where one is left.
         """
-        kept = self._backing.hidden_links(found) if self._backing.elsewhere else 0
+        kept = self._backing.elsewhere.links(found) if isinstance(found, os.stat_result) else 0
         if not kept:
             return found
         links = found.st_nlink - kept

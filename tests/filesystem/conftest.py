@@ -29,9 +29,12 @@ class Caller:
     def __init__(self) -> None:
         self.uid, self.gid = os.geteuid(), os.getegid()
         self.interrupted = False
+        self.known = True
+        """Whether the system call that the thread is in may be known."""
 
     def __call__(self) -> Context:
-        return Context(self.uid, self.gid, threading.get_native_id(), lambda: self.interrupted)
+        pid = threading.get_native_id() if self.known else 0
+        return Context(self.uid, self.gid, pid, lambda: self.interrupted)
 
 
 class Deaf:
@@ -117,10 +120,17 @@ class Forest:
         return sorted(name for name in found if name not in (".", ".."))
 
     def hide(self, path: str, number: int) -> str:
-        """What libfuse does with a file that is unlinked while it is open."""
+        """What libfuse does with a file that is unlinked while it is open, or is to be replaced.
+
+        Which of the two cannot be known here.
+        """
         parent = path.rpartition("/")[0]
         hidden = f"{parent}/" * bool(parent) + f".fuse_hidden{number:016x}"
-        self.tree.names.rename(path, hidden, 0)
+        self.caller.known = False
+        try:
+            self.tree.names.rename(path, hidden, 0)
+        finally:
+            self.caller.known = True
         return hidden
 
 

@@ -226,6 +226,59 @@ def test_a_refused_header_puts_the_hidden_one_back(forest: Forest) -> None:
     assert forest.read("law/meta.json") == before
 
 
+def test_a_text_that_was_taken_aside_comes_back(forest: Forest) -> None:
+    """Where it cannot be known that the caller renames, it is taken from its name first."""
+    cube(forest)
+    number, handle = forest.opened("law/payload.md", os.O_RDWR)
+    hidden = forest.hide("law/payload.md", 1)
+    assert "payload.md" not in forest.names("law")
+    assert number_of(forest.tree.names.rename, "law/gone", "law/payload.md", 0) == "ENOENT"
+    assert forest.names("law") == ["meta.json", "payload.md"]
+    assert handle.write(memoryview(bytearray(b"Back")), 0) == 4
+    forest.closed(number)
+    assert number_of(forest.tree.names.unlink, hidden) == "ENOENT"
+    assert forest.read("law/payload.md").startswith(b"Back")
+    assert os.listdir(forest.root / ".memfs/unlinked") == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_written_beside_a_taken_place_comes_back(forest: Forest, there: bool) -> None:
+    cube(forest)
+    if there:
+        forest.write("law/kv.safetensors", b"before")
+    number, handle = (
+        forest.opened("law/kv.safetensors", os.O_WRONLY)
+        if there
+        else (forest.created("law/kv.safetensors"))
+    )
+    handle.write(memoryview(bytearray(b"behind")), 0)
+    hidden = forest.hide("law/kv.safetensors", 1)
+    assert number_of(forest.tree.names.rename, "law/gone", "law/kv.safetensors", 0) == "ENOENT"
+    assert forest.read("law/kv.safetensors") == b"behind"
+    if there:
+        assert (forest.root / "law/kv.safetensors").read_bytes() == b"before"
+    handle.write(memoryview(bytearray(b"!")), 6)
+    forest.closed(number)
+    assert number_of(forest.tree.names.unlink, hidden) == "ENOENT"
+    assert (forest.root / "law/kv.safetensors").read_bytes() == b"behind!"
+    assert os.listdir(forest.root / ".memfs/unlinked") == []
+
+
+def test_what_is_written_beside_its_place_is_replaced(forest: Forest) -> None:
+    cube(forest)
+    forest.write("law/kv.safetensors", b"before")
+    forest.write("law/new", b"new")
+    number, handle = forest.opened("law/kv.safetensors", os.O_WRONLY)
+    handle.write(memoryview(bytearray(b"lost")), 0)
+    hidden = forest.hide("law/kv.safetensors", 1)
+    forest.tree.names.rename("law/new", "law/kv.safetensors", 0)
+    assert os.listdir(forest.root / ".memfs/unlinked") == [hidden.rpartition("/")[2]]
+    forest.closed(number)
+    assert forest.read("law/kv.safetensors") == b"new"
+    assert os.listdir(forest.root / ".memfs/unlinked") == []
+    assert sorted(os.listdir(forest.root / "law")) == ["kv.safetensors", "meta.json", "payload.md"]
+
+
 def test_a_header_that_was_deleted_does_not_come_back(forest: Forest) -> None:
     cube(forest)
     number, _ = forest.opened("law/meta.json")

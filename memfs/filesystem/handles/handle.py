@@ -85,6 +85,10 @@ class Handle:
         """Its name was taken away; ``hidden`` is the path that FUSE goes on to know it by."""
         self.path = None
 
+    def named(self, path: str) -> None:
+        """It has the name again that was taken away."""
+        self.path = path
+
 
 class OpenFile(Handle):
     """A file of the store, as it is."""

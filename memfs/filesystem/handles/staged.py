@@ -21,6 +21,7 @@ lock of its own while it writes, so two writes never both start a copy.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -133,7 +134,8 @@ class Staged(Handle):
             syscalls.fallocate(self._fd, mode, offset, length)
 
     def status(self) -> Status | None:
-        return os.fstat(self._fd) if self._temporary is not None else None
+        with self._lock:
+            return os.fstat(self._fd) if self._temporary is not None else None
 
     def flush(self) -> None:
         with self._lock:
@@ -191,14 +193,22 @@ class Staged(Handle):
             self._temporary = new + self._temporary[len(old) :]
 
     def unlinked(self, hidden: str | None) -> None:
+        """What was shown under its path has been linked or moved to where ``hidden`` lies."""
         with self._backing.moving:
-            shown = self._temporary is not None and (
-                self._backing.elsewhere.get(self.path or "") == self._temporary
-            )
+            temporary = self._temporary if self._is_shown() else None
             self._withdraw()
             self.path = None
-            if shown and hidden is not None and self._temporary is not None:
-                self._backing.elsewhere[hidden] = self._temporary
+            if temporary is not None and hidden is not None:
+                self._temporary = self._backing.elsewhere.get(hidden, temporary)
+                if self._temporary != temporary:
+                    with contextlib.suppress(FileNotFoundError):  # it was moved
+                        self._backing.unlink(temporary)
+
+    def named(self, path: str) -> None:
+        with self._backing.moving:
+            super().named(path)
+            if self._temporary is not None:
+                self._show(self._temporary)
 
     def _accept(self, path: str) -> bool:
         """Looks at what was written; False where there is nothing to publish after all."""
@@ -300,13 +310,18 @@ class Staged(Handle):
         """The mount shows the temporary file under the path."""
         with self._backing.moving:
             if self.path is not None:
-                self._backing.elsewhere[self.path] = temporary
+                self._backing.elsewhere.show(self.path, temporary)
+
+    def _is_shown(self) -> bool:
+        if self.path is None or self._temporary is None:
+            return False
+        return self._backing.elsewhere.get(self.path, self.path) == self._temporary
 
     def _withdraw(self) -> None:
         """The mount shows the file that stands there again."""
         with self._backing.moving:
-            if self.path is not None and self._backing.elsewhere.get(self.path) == self._temporary:
-                del self._backing.elsewhere[self.path]
+            if self.path is not None and self._is_shown():
+                self._backing.elsewhere.forget(self.path)
 
     def _place(self) -> str | None:
         """Renames it into place; its path there, or None where it was unlinked meanwhile."""
@@ -317,8 +332,8 @@ class Staged(Handle):
             path, temporary = self.path, self._temporary
             if path is None or temporary is None:
                 return None
-            self._withdraw()
             self._backing.rename(temporary, path)
+            self._backing.elsewhere.forget_file(temporary)  # in this order: it is always somewhere
             self._temporary, self._written = None, False
             self._writers.clear()
             fcntl.flock(self._fd, fcntl.LOCK_UN)
@@ -335,8 +350,7 @@ class Staged(Handle):
             temporary, self._temporary = self._temporary, None
             if temporary is None:
                 return
-            for shown in [s for s, real in self._backing.elsewhere.items() if real == temporary]:
-                del self._backing.elsewhere[shown]
+            self._backing.elsewhere.forget_file(temporary)
             try:
                 self._backing.unlink(temporary)
             except FileNotFoundError:

@@ -2,8 +2,9 @@
 
 A node is what the kernel and libfuse know by a path, until it is renamed, or put aside because it
 was unlinked while open. A handle's own ``path`` says what the mount shows, its node what FUSE goes
-on to call it. Any thread; changes, and the modes that depend on who else has a node open, are under
-a lock.
+on to call it: libfuse puts a file aside that is *about* to be replaced, and where the rename fails
+the file still has its name, and a node by another. Any thread; changes, and the modes that depend
+on who else has a node open, are under a lock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from memfs.filesystem.elsewhere import is_hidden
 from memfs.filesystem.handles.handle import Handle
 from memfs.filesystem.handles.modes import Modes
 from memfs.filesystem.handles.passthrough import Passed, Passthrough
@@ -37,6 +39,8 @@ class HandleTable:
         self._lock = threading.Lock()
         self._opens: dict[int, _Open] = {}
         self._nodes: dict[str, list[_Open]] = {}
+        self._strays: set[_Open] = set()
+        """Those whose file has its name still, while FUSE calls it by another."""
         self._numbers = itertools.count(1)
 
     def add(self, handle: Handle) -> tuple[int, Passed | None]:
@@ -70,8 +74,14 @@ class HandleTable:
             if opened is None:
                 return None
             self._leave(opened)
+            self._strays.discard(opened)
             self._modes.dismiss(opened.handle, opened.node, opened.passed)
         return opened.handle
+
+    def is_hidden(self, number: int) -> bool:
+        """Whether FUSE knows an open file as one that has no name any more."""
+        opened = self._opens.get(number)
+        return opened is not None and opened.node is not None and is_hidden(opened.node)
 
     def is_written(self, cube: str) -> bool:
         """Whether a file of a cube is open for writing."""
@@ -91,7 +101,7 @@ class HandleTable:
     def on(self, path: str) -> list[Handle]:
         """The open files at a path."""
         with self._lock:
-            found = {id(o.handle): o.handle for o in self._nodes.get(path, ())}
+            found = {id(o.handle): o.handle for o in (*self._nodes.get(path, ()), *self._strays)}
         return [handle for handle in found.values() if handle.path == path]
 
     def moved(self, old: str, new: str) -> None:
@@ -112,11 +122,26 @@ class HandleTable:
         """
         gone = self.on(path)
         if hidden is not None:
-            with self._lock:
-                for opened in list(self._nodes.get(path, ())):
-                    self._enter(opened, hidden)
+            self.known_as(path, hidden)
         for handle in gone:
             handle.unlinked(hidden)
+        with self._lock:
+            self._strays = {opened for opened in self._strays if opened.handle.path is not None}
+
+    def known_as(self, path: str, hidden: str) -> None:
+        """FUSE calls the open files at ``path`` by another name, whatever becomes of theirs."""
+        with self._lock:
+            for opened in list(self._nodes.get(path, ())):
+                self._enter(opened, hidden)
+                self._strays.add(opened)
+
+    def named(self, path: str, hidden: str) -> None:
+        """The files that FUSE now calls ``hidden`` were not unlinked after all."""
+        with self._lock:
+            back = [o for o in self._nodes.get(hidden, ()) if o.handle.path is None]
+            self._strays.update(back)
+        for handle in {id(o.handle): o.handle for o in back}.values():
+            handle.named(path)
 
     def _all(self) -> list[Handle]:
         return list({id(o.handle): o.handle for o in list(self._opens.values())}.values())
