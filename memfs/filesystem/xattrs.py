@@ -21,8 +21,8 @@ from memfs.filesystem.context import Context
 from memfs.filesystem.guard import Guard
 from memfs.filesystem.link import Link
 from memfs.vault.facts import CubeFacts
+from memfs.vault.xattrs import PREFIX
 
-PREFIX = "user.memfs."
 _SPECIAL = frozenset(
     {layout.Role.PAYLOAD, layout.Role.KV, layout.Role.ADAPTER_WEIGHTS, layout.Role.META}
 )

@@ -20,6 +20,7 @@ from memfs.cube import layout
 from memfs.errors import NotAllowed
 from memfs.vault.rights import acl_bytes, write_acl
 from memfs.vault.store import Store
+from memfs.vault.xattrs import copy_own
 
 Like = str | os.stat_result
 """A file of the store by its path, or a status."""
@@ -35,7 +36,8 @@ def publishing(
         like: owner, group, mode (its read and write bits) and access list of the new file: those
             that a file of the store has in the end. Without it they are what the kernel gives any
             new file.
-        replace: whether a file that is there is replaced; otherwise it is FileExistsError.
+        replace: whether a file that is there is replaced, which keeps the extended attributes that
+            are its own; otherwise it is FileExistsError.
 
     The file is left out and removed where the body raises.
     """
@@ -49,6 +51,8 @@ def publishing(
             # Says that it is alive to remove_leftover, which may run in any process.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield fd, f"/proc/self/fd/{fd}"
+            if replace:
+                copy_own(directory, name, fd)
             if like is not None:
                 _make_like(fd, *_rights_of(store, like))
             os.fsync(fd)

@@ -425,3 +425,31 @@ def test_an_empty_header_is_a_first_one_until_it_is_written(mount: Mount, name: 
     assert not (directory / "meta.json.rejected").exists()
     with file.open("r+") as opened:
         assert json.load(opened)["descriptive"]["id"] == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["meta.json", "kv.safetensors", "adapter/adapter_model.safetensors"]
+)
+def test_a_file_that_is_written_anew_keeps_its_own_attributes(mount: Mount, name: str) -> None:
+    file = mount.cube("law") / name
+    file.parent.mkdir(exist_ok=True)
+    if name != "meta.json":
+        file.write_bytes(b"some blob")
+    os.setxattr(file, "user.note", b"mine")
+    header = json.loads(file.read_bytes()) | {"mine": 1} if name == "meta.json" else None
+    for data in (json.dumps(header).encode(), json.dumps(header, indent=1).encode()):
+        file.write_bytes(data if header else data * 100)
+        assert os.getxattr(file, "user.note") == b"mine"
+    os.removexattr(file, "user.note")
+    file.write_bytes(data if header else b"again")
+    assert "user.note" not in os.listxattr(mount.store / "law" / name)
+
+
+def test_a_header_keeps_its_own_attributes_when_memfs_writes_it(mount: Mount) -> None:
+    file = mount.cube("law") / "meta.json"
+    os.setxattr(file, "user.note", b"mine")
+    renamed = file.with_name("new")
+    renamed.write_text(json.dumps(mount.meta("law") | {"mine": 1}))
+    os.setxattr(renamed, "user.note", b"the new one's")
+    renamed.rename(file)  # rendered anew
+    assert os.getxattr(file, "user.note") == b"the new one's"

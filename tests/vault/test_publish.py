@@ -200,3 +200,16 @@ def test_a_filesystem_without_hard_links(store: Store, monkeypatch: pytest.Monke
         publish_bytes(store, "a/f", b"second", replace=False)
     assert (store.root / "a" / "f").read_bytes() == b"first"
     assert names(store) == ["f"]
+
+
+def test_the_files_own_attributes_stay_and_no_others(store: Store) -> None:
+    publish_bytes(store, "a/file", b"1")
+    own = {"user.note": b"mine", "user.empty": b"", "user.big": bytes(900)}
+    for name, value in own.items():
+        os.setxattr(store.root / "a/file", name, value)
+    os.setxattr(store.root / "a/file", "user.memfs.id", b"of somewhere else")
+    publish_bytes(store, "a/file", b"2")
+    publish_bytes(store, "a/other", b"3", like="a/file")
+    found = os.listxattr(store.root / "a/file")
+    assert {name: os.getxattr(store.root / "a/file", name) for name in found} == own
+    assert os.listxattr(store.root / "a/other") == []

@@ -39,6 +39,7 @@ from memfs.filesystem.backing import Backing, give, mode_of_new
 from memfs.filesystem.context import Context
 from memfs.filesystem.handles.handle import Handle
 from memfs.vault.rights import acl_bytes, dress, write_acl
+from memfs.vault.xattrs import copy_own
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +279,7 @@ class Staged(Handle):
             self._show(temporary)
 
     def _dress(self, fd: int, parent: int, mode: int | None) -> None:
-        """Rights of the file that it will replace, or of a new one of the caller's."""
+        """Rights and attributes of the file it replaces, or rights of a new one of the caller's."""
         if mode is None:
             try:
                 like = self._backing.status(self._named())
@@ -290,6 +291,8 @@ class Staged(Handle):
                 store, named = self._backing.store, self._named()
                 write_acl(fd, acl_bytes(store, self._backing.elsewhere.get(named, named)))
                 os.fchmod(fd, stat.S_IMODE(like.st_mode))
+                with self._backing.at(named) as (above, name):
+                    copy_own(above, name, fd)
                 return
         give(fd, parent, self._context)
         os.fchmod(fd, mode_of_new(mode, parent, self._context))
