@@ -52,6 +52,16 @@ def test_a_file_put_together_aside_is_a_change_of_its_cube(forest: Forest) -> No
     assert event["path"] == "law"
 
 
+def test_a_cube_that_is_not_in_the_index_yet_is_not_gone(forest: Forest) -> None:
+    cube_id = made(forest, "law", 1)
+    until(lambda: forest.catalogue.keeper.reason == "")
+    forest.catalogue.keeper.ask(lambda index: index.remove_under("law"), None)
+    Upkeep(forest.catalogue.history).compare_all()
+    newest = forest.catalogue.history.newest(cube_id)
+    assert newest is not None
+    assert newest.event == "created"
+
+
 def prune(forest: Forest) -> None:
     until(lambda: forest.catalogue.keeper.reason == "")
     Upkeep(forest.catalogue.history).prune()

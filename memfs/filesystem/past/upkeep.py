@@ -68,7 +68,9 @@ class Upkeep:
                 known.discard(facts.id)
             self._breathe()
         for cube_id in known:
-            self._historian.settle("", cube_id)
+            newest = self._historian.newest(cube_id)
+            # A cube made a moment ago may not be in the index yet, and stands where it stood.
+            self._historian.settle(newest.path if newest else "", cube_id)
             self._breathe()
 
     def _set_torn_aside(self, cube_id: str, flushed: float) -> None:
