@@ -22,7 +22,7 @@ from memfs.vault.store import Store
 from memfs.vault.versions import records
 from memfs.vault.versions.look import Present, look
 from memfs.vault.versions.records import DESCRIPTION, Version
-from memfs.vault.versions.restore import differing
+from memfs.vault.versions.restore import differing, unkept
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ class History:
     def differing(self, version: Version, present: Present | None) -> list[str]:
         """The files in which a version is not what the cube holds now."""
         return differing(self.store, self.place(version), version, present)
+
+    def unkept(self, version: Version) -> list[str]:
+        """The files that a version would take the place of, and that the newest does not hold."""
+        newest, present = self.versions[-1], self.present()
+        names = self.differing(version, present)
+        return unkept(self.store, self.place(newest), newest, present, self.path, names)
 
 
 @contextlib.contextmanager

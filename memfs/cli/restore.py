@@ -26,9 +26,10 @@ examples:
   cp -a ~/mem/handbook/.versions/2026-…Z ~/mem/old     a version beside it, as a cube of its own
 
 Nothing is lost by it: what is replaced is a version itself, and restoring is a change like any
-other. Text, metadata and adapter come back; owner, group, mode and access list stay as they are,
-and a frozen cube has to be thawed first. A deleted cube comes back as it was, with its id. What a
-VERSION may be, memfs versions --help says.
+other. Where no version holds it (it is too large, or none are made) nothing is replaced. Text,
+metadata and adapter come back; owner, group, mode and access list stay as they are, and a frozen
+cube has to be thawed first. A deleted cube comes back as it was, with its id. What a VERSION may
+be, memfs versions --help says.
 """
 
 KEPT_SECONDS = 5.0
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
             raise NotAllowed(f"{history.path} is frozen")
         if not history.mounted:
             _record(history)
-        elif history.lives:
-            _require_kept(args.cube)
+        if history.lives:
+            _require_kept(args.cube, version)
         names = restore.restore(history.store, history.place(version), version, history.path)
         if not history.mounted:
             _record(history)
@@ -74,22 +75,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_kept(cube: str) -> None:
-    """What the cube holds now is a version, so that it can be come back to.
+def _require_kept(cube: str, version: Version) -> None:
+    """What a version will take the place of is a version itself, so that it can be come back to.
 
     A change beside the mount may not be one yet; that is waited for.
     """
     deadline = time.monotonic() + KEPT_SECONDS
     while True:
         with histories.opened(cube) as history:
-            newest = history.versions[-1] if history.versions else None
-            missing = newest and history.differing(newest, history.present())
-        if not missing:
+            lost = history.unkept(version)
+        if not lost:
             return
-        if time.monotonic() > deadline:
+        if not history.mounted or time.monotonic() > deadline:
             raise MemfsError(
-                f"{cube}: {', '.join(missing)} as it is now is no version yet, and would be lost;"
-                " copy it away, or try again when the disk has room"
+                f"{cube}: {', '.join(lost)} as it is now is in no version and would be lost:"
+                " copy it away first"
             )
         time.sleep(0.2)
 

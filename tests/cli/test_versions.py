@@ -331,3 +331,41 @@ def test_a_store_that_is_not_mounted(tmp_path: Path, run: Run) -> None:
         command("umount", mem)
     assert run("restore", store / "law")[0] == 8
     assert (store / "law/payload.md").read_text() == "one\n"
+
+
+@pytest.mark.parametrize(("budget", "mounted"), [("1000", True), ("1000", False), ("0", False)])
+def test_what_no_version_holds_is_not_replaced(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, budget: str, mounted: bool
+) -> None:
+    """It is larger than all versions may be, or none are made any more."""
+    store, mem = tmp_path / "store", tmp_path / "mem"
+    command("mount", store, mem)
+    (mem / "law").mkdir()
+    (mem / "law/payload.md").write_text("one\n")
+    (mem / "law/payload.md").write_text("two\n")
+    first = min(os.listdir(mem / "law/.versions"))
+    command("umount", mem)
+    monkeypatch.setenv("MEMFS_VERSIONS_BUDGET_BYTES", budget)
+    command("mount", store, mem)
+    lost = "three\n" * 1000
+    (mem / "law/payload.md").write_text(lost)
+    newest = mem / "law/.versions" / max(os.listdir(mem / "law/.versions"))
+    if budget != "0" and (newest / "payload.md").exists():
+        command("umount", mem)
+        pytest.skip("this disk shares blocks, so that every version is kept")
+    place = mem if mounted else store
+    if not mounted:
+        command("umount", mem)
+    try:
+        status, out, err = run("restore", place / "law", first)
+        assert (status, out) == (1, "")
+        assert "payload.md as it is now is in no version" in err
+        assert (place / "law/payload.md").read_text() == lost
+        assert sorted(os.listdir(place / "law")) == ["meta.json", "payload.md"]
+        (place / "law/payload.md").write_text("two\n")
+        if budget == "1000":
+            assert run("restore", place / "law", first)[0] == 0
+            assert (place / "law/payload.md").read_text() == "one\n"
+    finally:
+        if mounted:
+            command("umount", mem)

@@ -49,6 +49,21 @@ def differing(store: Store, source: str, version: Version, present: Present | No
     return found
 
 
+def unkept(
+    store: Store, source: str, newest: Version, present: Present | None, path: str, names: list[str]
+) -> list[str]:
+    """Those of a cube's files that the newest version does not hold as they are now.
+
+    Args:
+        source: the directory of the newest version in the store.
+        path: of the cube.
+        names: the files that are asked about.
+    """
+    changed = differing(store, source, newest, present)
+    held = [name for name, entry in newest.files.items() if entry.kept and name not in changed]
+    return [name for name in names if name not in held and _exists(store, f"{path}/{name}")]
+
+
 def restore(store: Store, source: str, version: Version, path: str) -> list[str]:
     """Gives the cube at ``path`` what a version holds; which files were changed, made or removed.
 
@@ -212,6 +227,14 @@ def _make_directory(store: Store, path: str, mode: int) -> None:
     parent, name = layout.split(path)
     with store.opened(parent) as directory:
         os.mkdir(name, mode, dir_fd=directory)
+
+
+def _exists(store: Store, path: str) -> bool:
+    try:
+        store.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _is_there(store: Store, path: str) -> bool:
