@@ -62,7 +62,7 @@ class Forest:
         self.link = Link(config, str(self.store.root), Deaf())
         facts = MountFacts(str(self.store.root), "/nowhere", True)
         self.tree = Tree(facts, self.backing, self.catalogue, self.link, self.caller)
-        (root / HIDDEN_DIR).mkdir()
+        (root / HIDDEN_DIR).mkdir(exist_ok=True)
         if indexed:
             self.catalogue.start()
 

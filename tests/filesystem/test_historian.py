@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from memfs.cube import layout
+from memfs.filesystem.past import historian
 from memfs.filesystem.past.later import Later
 from memfs.filesystem.past.upkeep import Upkeep
-from memfs.vault.versions import records
+from memfs.vault.store import Store
+from memfs.vault.versions import making, records
+from memfs.vault.versions.records import LARGE, Version
 
 from .conftest import Forest, until
 
@@ -45,9 +50,7 @@ def test_a_file_put_together_aside_is_a_change_of_its_cube(forest: Forest) -> No
     forest.tree.names.mkdir(aside, 0o700)
     (forest.root / aside / "0").write_text("brought back")
     forest.tree.names.rename(f"{aside}/0", "law/payload.md", 0)
-    newest = forest.catalogue.history.newest(cube_id)
-    assert newest is not None
-    assert newest.files["payload.md"].size == len("brought back")
+    assert newest(forest, cube_id).files["payload.md"].size == len("brought back")
     (event,) = [e for e in forest.catalogue.journal.events() if e["event"] == "changed"][-1:]
     assert event["path"] == "law"
 
@@ -57,9 +60,96 @@ def test_a_cube_that_is_not_in_the_index_yet_is_not_gone(forest: Forest) -> None
     until(lambda: forest.catalogue.keeper.reason == "")
     forest.catalogue.keeper.ask(lambda index: index.remove_under("law"), None)
     Upkeep(forest.catalogue.history).compare_all()
-    newest = forest.catalogue.history.newest(cube_id)
-    assert newest is not None
-    assert newest.event == "created"
+    assert newest(forest, cube_id).event == "created"
+
+
+WEIGHTS = "law/adapter/adapter_model.safetensors"
+
+
+def with_weights(forest: Forest, monkeypatch: pytest.MonkeyPatch, failing: int) -> str:
+    """A cube with a large adapter, whose copies fail so often; its id."""
+    sendfile, left = os.sendfile, [failing]
+
+    def fails(*args: int) -> int:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return sendfile(*args)
+
+    cube_id = made(forest, "law", 1)
+    forest.tree.names.mkdir("law/adapter", 0o755)
+    monkeypatch.setattr(os, "sendfile", fails)
+    forest.write(WEIGHTS, b"a" * LARGE)
+    entry = newest(forest, cube_id).files["adapter/adapter_model.safetensors"]
+    if not entry.linked and entry.sha256:
+        pytest.skip("this disk shares blocks, so there is nothing to copy")
+    return cube_id
+
+
+def newest(forest: Forest, cube_id: str) -> Version:
+    found = records.newest(forest.store, cube_id)
+    assert found is not None
+    return found
+
+
+def test_a_copy_that_failed_is_made_later(
+    forest: Forest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(historian, "RETRY_S", 0.1)
+    cube_id = with_weights(forest, monkeypatch, failing=2)
+    until(lambda: not making.is_wanting(newest(forest, cube_id)))
+    assert (forest.root / WEIGHTS).stat().st_nlink == 1
+    assert caplog.text.count("is not a copy yet") == 2
+    caplog.clear()
+
+
+def test_a_copy_that_could_not_be_made_is_left_to_the_next_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forest = Forest(tmp_path)
+    try:
+        cube_id = with_weights(forest, monkeypatch, failing=1 << 30)
+        until(lambda: "is not a copy yet" in caplog.text)
+    finally:
+        forest.close()
+        monkeypatch.undo()
+        caplog.clear()
+    with Store.open(tmp_path) as store:
+        version = records.newest(store, cube_id)
+        assert version is not None
+        assert making.is_wanting(version)
+        (tmp_path / version.directory / "adapter/.memfs-tmp-1").write_bytes(b"half a copy")
+    (tmp_path / WEIGHTS).unlink()  # it is there no more, and the version has it
+    forest = Forest(tmp_path)
+    try:
+        until(lambda: not making.is_wanting(records.read(forest.store, cube_id, version.stamp)))
+    finally:
+        forest.close()
+    place = tmp_path / version.directory / "adapter"
+    assert os.listdir(place) == ["adapter_model.safetensors"]
+    assert (place / "adapter_model.safetensors").stat().st_nlink == 1
+
+
+def test_what_cannot_be_cleared_up_is_in_nobodys_way(
+    forest: Forest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = [made(forest, name, 1) for name in ("a", "b")]
+    cube_id = with_weights(forest, monkeypatch, failing=1)
+    for other, name in zip(damaged, (records.DESCRIPTION, None), strict=True):
+        version = forest.root / newest(forest, other).directory
+        if name is None:
+            os.rename(version, version.with_name(".memfs-tmp-1"))
+            version.mkdir()
+        else:
+            (version / name).unlink()
+            (version / name).write_text("{")
+    until(lambda: "is not a copy yet" in caplog.text)
+    forest.catalogue.history.flushed = 0.0
+    forest.catalogue.history.started = time.time() + 60
+    Upkeep(forest.catalogue.history).start()
+    until(lambda: not making.is_wanting(newest(forest, cube_id)))
+    assert caplog.text.count("is not cleared up") == 2
+    caplog.clear()
 
 
 def prune(forest: Forest) -> None:
@@ -141,5 +231,6 @@ def test_jobs_come_in_time_once_and_put_off(caplog: pytest.LogCaptureFixture) ->
     assert "as jobs may" in caplog.text
     later.after(60, lambda: done.append("too late"), "waits")
     later.after(0, ended.set)
-    assert later.stop()[0] == ["waits"]
+    later.stop()
+    assert [item for item in later.left() if item[0]] == [("waits", False)]
     assert later.stopping

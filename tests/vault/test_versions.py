@@ -20,7 +20,8 @@ from memfs.cube import metadata
 from memfs.errors import VersionDamaged
 from memfs.vault.store import Store
 from memfs.vault.versions import making, records
-from memfs.vault.versions.files import Unfinished
+from memfs.vault.versions.check import problems
+from memfs.vault.versions.files import Unfinished, clear
 from memfs.vault.versions.look import look
 from memfs.vault.versions.records import LARGE, Version
 
@@ -224,6 +225,86 @@ def test_weights_that_were_changed_in_place_before_the_copy_are_given_up(store: 
     whole = making.complete(store, ID, first.stamp)
     assert not whole.files[name].kept
     assert not (place(store, first) / name).exists()
+
+
+def changing(monkeypatch: pytest.MonkeyPatch, live: Path) -> None:
+    """Whatever is copied is changed in place while it is."""
+    sendfile = os.sendfile
+
+    def changes(*args: int) -> int:
+        done = sendfile(*args)
+        with live.open("r+b") as file:
+            file.seek(LARGE - 1)
+            file.write(b"b")
+        return done
+
+    monkeypatch.setattr(os, "sendfile", changes)
+
+
+def test_weights_that_are_changed_in_place_during_the_copy_are_given_up(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, "one")
+    live = weights(store, b"a")
+    os.utime(live, (1, 1))
+    first = made(store)
+    name = "adapter/adapter_model.safetensors"
+    if not first.files[name].linked:
+        pytest.skip("this disk shares blocks")
+    changing(monkeypatch, live)
+    whole = making.complete(store, ID, first.stamp)
+    assert not whole.files[name].kept
+    assert os.listdir(place(store, first) / "adapter") == []
+    assert list(problems(store)) == []
+    assert live.stat().st_nlink == 1
+
+
+def test_a_patient_copy_is_whole_or_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, "one")
+    live = weights(store, b"a")
+    os.utime(live, (1, 1))
+    changing(monkeypatch, live)
+    try:
+        version = made(store, patient=True)
+    except BlockingIOError:
+        assert records.stamps(store, ID) == []
+        assert os.listdir(store.root / records.directory(ID)) == []
+    else:  # this disk shares blocks
+        assert (place(store, version) / "adapter/adapter_model.safetensors").read_bytes()[-1:] == (
+            b"a"
+        )
+    monkeypatch.undo()
+    made(store, patient=True)
+
+
+def test_a_kill_before_what_is_given_up_was_removed(store: Store) -> None:
+    write(store, "one")
+    weights(store, b"a")
+    version = made(store)
+    name = "adapter/adapter_model.safetensors"
+    given_up = dataclasses.replace(version.files[name], kept=False, linked=False)
+    file = place(store, version) / records.DESCRIPTION
+    file.unlink()
+    file.write_text(
+        json.dumps(dataclasses.replace(version, files={name: given_up}).to_json()),
+    )
+    for left in ("payload.md", "meta.json"):
+        (place(store, version) / left).unlink()
+    assert list(problems(store)) == []
+    clear(store, records.read(store, ID, version.stamp))
+    assert os.listdir(place(store, version) / "adapter") == []
+
+
+def test_another_id_takes_over_all_but_a_moment_that_it_has(store: Store) -> None:
+    write(store, "one")
+    first = made(store)
+    write(store, "two")
+    second = made(store)
+    other = "11111111-89ab-4cde-8f01-23456789abcd"
+    shutil.copytree(place(store, first), store.root / records.directory(other, first.stamp))
+    making.take_over(store, ID, other)
+    assert records.stamps(store, other) == [first.stamp, second.stamp]
+    assert records.stamps(store, ID) == [first.stamp]
 
 
 def test_what_does_not_fit_the_budget_is_described_only(store: Store) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from memfs.vault.store import Store
 from memfs.vault.versions import making, records
 from memfs.vault.versions.check import problems
 from memfs.vault.versions.look import look
-from memfs.vault.versions.records import Version
+from memfs.vault.versions.records import LARGE, Version
 
 ID = "01234567-89ab-4cde-8f01-23456789abcd"
 
@@ -90,3 +92,56 @@ def test_a_deletion_and_the_mark_are_well(store: Store, version: Version) -> Non
     counts: list[int] = []
     assert list(problems(store, progress=counts.append)) == []
     assert counts == [1, 2, 3]
+
+
+def with_weights(store: Store) -> Version:
+    """A version whose adapter is still the cube's own file."""
+    (store.root / "law/adapter/adapter_model.safetensors").write_bytes(b"a" * LARGE)
+    previous = records.newest(store, ID)
+    present = look(store, "law", previous)
+    assert present is not None
+    made = making.make(store, ID, present, previous, budget=1 << 30, patient=False)
+    assert made is not None
+    return made
+
+
+def test_what_a_kill_left_of_a_copy_is_named(store: Store, version: Version) -> None:
+    for left in (".memfs-tmp-1", "adapter/.memfs-tmp-2"):
+        (store.root / version.directory / left).touch()
+        assert list(problems(store, live=True)) == []
+        (found,) = problems(store)
+        assert found.path == f"{version.directory}/{left}"
+        assert found.mend is not None
+        found.mend()
+        assert list(problems(store)) == []
+    assert records.stamps(store, ID)[-1] == version.stamp
+
+
+def test_a_version_that_changed_with_its_cube_is_found(store: Store, version: Version) -> None:
+    shared = with_weights(store)
+    name = "adapter/adapter_model.safetensors"
+    if not shared.files[name].linked:
+        pytest.skip("this disk shares blocks")
+    assert list(problems(store)) == []
+    with (store.root / "law" / name).open("r+b") as file:
+        file.write(b"b")
+    (found,) = problems(store)
+    assert f"{name} was changed" in found.what
+    assert found.mend is not None
+    found.mend()
+    assert not records.read(store, ID, shared.stamp).files[name].kept
+    assert list(problems(store)) == []
+
+
+def test_without_a_digest_the_time_tells(store: Store, version: Version) -> None:
+    shared = with_weights(store)
+    name = "adapter/adapter_model.safetensors"
+    own = dataclasses.replace(shared.files[name], linked=False)
+    file = store.root / shared.directory / records.DESCRIPTION
+    changed = dataclasses.replace(shared, files={**shared.files, name: own})
+    rewritten(file, json.dumps(changed.to_json()).encode())
+    assert list(problems(store)) == []
+    with (store.root / shared.directory / name).open("r+b") as opened:
+        opened.write(b"b")
+    (found,) = problems(store)
+    assert "its time is another" in found.what

@@ -18,9 +18,10 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 from memfs.cube import layout, metadata
-from memfs.errors import MemfsError
+from memfs.errors import MemfsError, NotAllowed, VersionDamaged
 from memfs.filesystem import syscalls
 from memfs.filesystem.keeper import IndexKeeper
 from memfs.filesystem.past.later import Job, Later
@@ -46,6 +47,20 @@ LAST_FLUSH_S = 4.0
 
 _KNOWN = 2048
 _LOCKS = 64
+
+
+class Settle(NamedTuple):
+    """The key of a job that looks at a cube again."""
+
+    path: str
+    cube_id: str
+
+
+class Copy(NamedTuple):
+    """The key of one that copies what is large: a version's, or of a cube that has none yet."""
+
+    cube_id: str
+    stamp: str = ""
 
 
 class Historian:
@@ -92,13 +107,16 @@ class Historian:
 
     def stop(self) -> None:
         """Does what is due soon; what cannot be done now is left to the next mount."""
-        waiting, undone = self.later.stop()
+        self.later.stop()
         if not self.enabled:
             return
-        # What waits to settle counts as settled: nothing is written any more.
-        for path, cube_id in (key for key in waiting if isinstance(key, tuple)):
-            undone |= not self.settle(path, cube_id)
+        undone = False
+        for key, _ in self.later.left():
+            if isinstance(key, Settle):  # as nothing is written any more
+                undone |= not self.settle(*key)
         self._ended = True
+        for key, due in self.later.left():
+            undone |= isinstance(key, Copy) or (due and not isinstance(key, Settle))
         if self._is_flushing():
             undone = True  # that began before the last version was made
         else:
@@ -187,7 +205,7 @@ class Historian:
                     self._directories.clear()
                 self._directories[cube_id] = path, present.inode
         except Unfinished:
-            self._after(0, lambda: self._record_patiently(path, cube_id), ("copy", cube_id))
+            self._after(0, lambda: self._record_patiently(path, cube_id), Copy(cube_id))
         except FileNotFoundError:
             self._settle_later(path, cube_id)  # it is being changed right now
         except OSError as e:
@@ -216,8 +234,16 @@ class Historian:
         return True
 
     def complete(self, cube_id: str, stamp: str) -> None:
-        """Has a version's large files copied and read."""
-        whole = making.complete(self.store, cube_id, stamp)
+        """Has a version's large files copied and read; where that fails, again later."""
+        try:
+            whole = making.complete(self.store, cube_id, stamp)
+        except (FileNotFoundError, VersionDamaged) as e:
+            log.info("the version %s of %s is gone, or damaged: %s", stamp, cube_id, e)
+            return
+        except (OSError, NotAllowed) as e:
+            log.warning("the version %s of %s is not a copy yet: %s", stamp, cube_id, e)
+            self._complete_later(cube_id, stamp, RETRY_S)
+            return
         with self.lock(cube_id):
             newest = self._newest.get(cube_id)
             if newest is not None and newest.stamp == stamp:
@@ -252,7 +278,7 @@ class Historian:
             self._after(0, self._upkeep.prune, "over budget")
         self._after(FLUSH_S, self._flush, "flush")
         if making.is_wanting(version):
-            self._after(0, lambda: self.complete(version.cube_id, version.stamp))
+            self._complete_later(version.cube_id, version.stamp, 0)
 
     def _remember(self, cube_id: str, version: Version | None) -> None:
         if len(self._newest) >= _KNOWN:
@@ -298,8 +324,11 @@ class Historian:
             log.warning("versions may not be on the disk: %s", e)
 
     def _settle_later(self, path: str, cube_id: str, seconds: float = SETTLE_S) -> None:
-        key = (path, cube_id)
+        key = Settle(path, cube_id)
         self._after(seconds, lambda: self.settle(path, cube_id), key, put_off=True)
+
+    def _complete_later(self, cube_id: str, stamp: str, seconds: float) -> None:
+        self._after(seconds, lambda: self.complete(cube_id, stamp), Copy(cube_id, stamp))
 
     def _after(
         self, seconds: float, job: Job, key: Hashable = None, *, put_off: bool = False

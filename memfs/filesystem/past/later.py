@@ -51,15 +51,19 @@ class Later:
             heapq.heappush(self._due, (due, next(self._numbers), key, job))
             self._wake.notify()
 
-    def stop(self) -> tuple[list[Hashable], bool]:
-        """Ends the thread; the keys of jobs that still waited, and whether any job was due."""
+    def stop(self) -> None:
+        """Ends the thread, when the job that it is at has ended."""
         with self._wake:
             self.stopping = True
             self._wake.notify_all()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def left(self) -> list[tuple[Hashable, bool]]:
+        """The jobs that still wait: their keys, and whether they are due."""
         now = time.monotonic()
-        return list(self._waiting), any(due <= now for due, *_ in self._due)
+        with self._wake:
+            return [(key, due <= now) for due, _, key, _ in self._due]
 
     def _work(self) -> None:
         while (job := self._next()) is not None:

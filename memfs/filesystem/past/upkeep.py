@@ -5,19 +5,19 @@ Used by the historian, in its thread.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from memfs.errors import VersionDamaged
+from memfs.errors import MemfsError
 from memfs.index.cubes import Found
 from memfs.operation import retention
 from memfs.vault.aside import Aside
 from memfs.vault.versions import making, records
 from memfs.vault.versions.check import damage_of
+from memfs.vault.versions.files import clear
 
 if TYPE_CHECKING:
     from memfs.filesystem.past.historian import Historian
@@ -123,10 +123,18 @@ class Upkeep:
     def _clear_up(self) -> None:
         """Removes leftovers of the mount that was killed, and goes on with what was only linked."""
         for cube_id in records.cube_ids(self._store):
-            making.remove_leftovers(self._store, cube_id, self._historian.started)
+            try:
+                making.remove_leftovers(self._store, cube_id, self._historian.started)
+            except OSError as e:
+                log.warning("what a kill left of versions of %s stays: %s", cube_id, e)
             for stamp in records.stamps(self._store, cube_id):
-                with contextlib.suppress(VersionDamaged):
-                    if making.is_wanting(records.read(self._store, cube_id, stamp)):
+                try:
+                    version = records.read(self._store, cube_id, stamp)
+                    clear(self._store, version)
+                except (OSError, MemfsError) as e:
+                    log.warning("the version %s of %s is not cleared up: %s", stamp, cube_id, e)
+                else:
+                    if making.is_wanting(version):
                         self._historian.complete(cube_id, stamp)
             self._breathe()
 

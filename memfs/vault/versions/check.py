@@ -18,7 +18,7 @@ from memfs.vault.problem import Problem
 from memfs.vault.store import Store
 from memfs.vault.versions import records
 from memfs.vault.versions.look import sha256_of
-from memfs.vault.versions.making import UNSETTLED, mark
+from memfs.vault.versions.making import UNSETTLED, complete, mark
 from memfs.vault.versions.records import DESCRIPTION, ROOT, Version
 
 AREA = "versions"
@@ -34,10 +34,7 @@ def problems(
         progress: told how many versions were looked at.
     """
     aside, count = Aside(store), 0
-
-    def problem(path: str, what: str) -> Problem:
-        return Problem(AREA, path, what, partial(_set_aside, store, aside, path))
-
+    problem = partial(_problem, store, aside)
     for cube_id in records.names_in(store, ROOT):
         base = f"{ROOT}/{cube_id}"
         if cube_id == UNSETTLED:
@@ -53,12 +50,32 @@ def problems(
             elif not records.is_stamp(name):
                 yield problem(path, "has not the name of a version")
             else:
-                damage = damage_of(store, cube_id, name)
-                if damage is not None and not (live and _is_gone(store, path)):
-                    yield problem(path, damage)
+                yield from _in_version(store, aside, cube_id, name, live=live)
             count += 1
             if progress:
                 progress(count)
+
+
+def _in_version(
+    store: Store, aside: Aside, cube_id: str, stamp: str, *, live: bool
+) -> Iterator[Problem]:
+    path = records.directory(cube_id, stamp)
+    damage = damage_of(store, cube_id, stamp)
+    if damage is not None:
+        if not (live and _is_gone(store, path)):
+            yield _problem(store, aside, path, damage)
+        return
+    if live:
+        return
+    for left in _leftovers(store, path):
+        yield _problem(store, aside, left, "is what was left of a copy that was never finished")
+    if moved := _moved_on(store, cube_id, stamp):
+        mend = partial(_complete, store, cube_id, stamp)
+        yield Problem(AREA, path, f"{moved} was changed before it was copied", mend)
+
+
+def _problem(store: Store, aside: Aside, path: str, what: str) -> Problem:
+    return Problem(AREA, path, what, partial(_set_aside, store, aside, path))
 
 
 def damage_of(store: Store, cube_id: str, stamp: str) -> str | None:
@@ -71,7 +88,8 @@ def damage_of(store: Store, cube_id: str, stamp: str) -> str | None:
     except (OSError, NotAllowed) as e:
         return f"cannot be read: {e}"
     wanted = {name for name, entry in version.files.items() if entry.kept}
-    for what, names in (("lacks", wanted - found), ("has a foreign", found - wanted)):
+    # One that is not kept may still be there: it goes once that is written down.
+    for what, names in (("lacks", wanted - found), ("has a foreign", found - {*version.files})):
         if names:
             return f"{what} {min(names)}"
     for name in sorted(wanted):
@@ -88,9 +106,13 @@ def _damage_in(store: Store, version: Version, name: str) -> str | None:
     except (OSError, NotAllowed) as e:
         return f"{name} cannot be read: {e}"
     try:
-        size = os.fstat(fd).st_size
-        if size != entry.size:
-            return f"{name} has {size} bytes, and had {entry.size}"
+        if entry.linked:
+            return None  # it is the cube's own still, which may be changed
+        found = os.fstat(fd)
+        if found.st_size != entry.size:
+            return f"{name} has {found.st_size} bytes, and had {entry.size}"
+        if entry.sha256 is None and found.st_mtime_ns != entry.mtime_ns:
+            return f"{name} is not what it was: its time is another"
         if entry.sha256 is not None and sha256_of(fd) != entry.sha256:
             return f"{name} is not what it was: its SHA-256 is another"
     finally:
@@ -108,6 +130,30 @@ def _files_in(store: Store, directory: str) -> set[str]:
         elif name != DESCRIPTION and not layout.is_temporary(name):
             found.add(name)
     return found
+
+
+def _leftovers(store: Store, directory: str) -> list[str]:
+    """Temporary files in a version, by path."""
+    holders = (directory, f"{directory}/{layout.ADAPTER}")
+    names = [f"{holder}/{name}" for holder in holders for name in records.names_in(store, holder)]
+    return [path for path in names if layout.is_temporary(layout.split(path)[1])]
+
+
+def _moved_on(store: Store, cube_id: str, stamp: str) -> str | None:
+    """A file that a version shares with the cube, and that was changed since."""
+    version = records.read(store, cube_id, stamp)
+    for name, entry in version.files.items():
+        if entry.kept and entry.linked:
+            found = store.stat(f"{version.directory}/{name}")
+            if (found.st_size, found.st_mtime_ns) != (entry.size, entry.mtime_ns):
+                return name
+    return None
+
+
+def _complete(store: Store, cube_id: str, stamp: str) -> str:
+    complete(store, cube_id, stamp)
+    mark(store)
+    return "the version says that it is not kept"
 
 
 def _set_aside(store: Store, aside: Aside, path: str) -> str:

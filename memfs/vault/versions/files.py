@@ -1,6 +1,6 @@
 """The files of a version: shared with the previous one, cloned, linked or copied.
 
-Used by ``making`` alone.
+Used by ``making``, and by the mount to clear up; one thread at a time for each cube.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from memfs.cube import layout
 from memfs.vault.store import Store, open_regular_at
 from memfs.vault.versions.look import entry_of, sha256_of
-from memfs.vault.versions.records import LARGE, Entry, Version
+from memfs.vault.versions.records import LARGE, Entry, Version, names_in
 
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -64,6 +64,8 @@ def keep(
                     _link_own(store, temporary, cube, name)
                     return replace(entry, linked=True)
                 _copy(source, target)
+                if large and _has_changed(source, found):
+                    raise OSError(errno.EAGAIN, "it was changed while it was copied", name)
             if patient or not large:
                 entry = replace(entry, sha256=sha256_of(target), size=os.fstat(target).st_size)
             _dress(target, found)
@@ -106,36 +108,57 @@ def _link(store: Store, holder: str, name: str, directory: int, new: str) -> Non
 def completed(
     store: Store, directory: int, name: str, entry: Entry, previous: Version | None
 ) -> Entry:
-    """A large file that was linked becomes the version's own, and gets its digest."""
+    """A large file that was linked becomes the version's own, and gets its digest.
+
+    One that was changed in place, beside the mount, before it was copied is not kept: it is for the
+    caller to remove it once the version says so.
+    """
+    given_up = replace(entry, kept=False, linked=False)
     source = open_regular_at(directory, name)
     try:
         found = os.fstat(source)
         if (found.st_size, found.st_mtime_ns) != (entry.size, entry.mtime_ns):
-            # It was changed in place, beside the mount, before it could be copied.
-            os.unlink(name, dir_fd=directory)
-            return replace(entry, kept=False, linked=False)
+            return given_up
         if not entry.linked:
             return replace(entry, sha256=sha256_of(source))
         holder, _ = layout.split(name)
         beside = layout.join(holder, layout.TEMPORARY + secrets.token_hex(8))
         known = previous.files.get(name) if previous else None
         own = known is not None and known.kept and not known.linked
-        if previous and known and own and known.content == entry.content:
-            _link(store, previous.directory, name, directory, beside)
-            digest = known.sha256
-        else:
-            target = os.open(beside, NEW, 0o600, dir_fd=directory)
-            try:
-                _copy(source, target)
-                digest = sha256_of(target)
-                _dress(target, found)
-                os.fsync(target)
-            finally:
-                os.close(target)
-        os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+        try:
+            if previous and known and own and known.content == entry.content:
+                _link(store, previous.directory, name, directory, beside)
+                digest = known.sha256
+            else:
+                target = os.open(beside, NEW, 0o600, dir_fd=directory)
+                try:
+                    _copy(source, target)
+                    if _has_changed(source, found):
+                        return given_up
+                    digest = sha256_of(target)
+                    _dress(target, found)
+                    os.fsync(target)
+                finally:
+                    os.close(target)
+            os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside, dir_fd=directory)
     finally:
         os.close(source)
     return replace(entry, sha256=digest, linked=False)
+
+
+def clear(store: Store, version: Version) -> None:
+    """Removes from a version's directory what it does not keep, and what a kill left of copying."""
+    adapter = f"{version.directory}/{layout.ADAPTER}"
+    names = names_in(store, version.directory)
+    names += [layout.join(layout.ADAPTER, name) for name in names_in(store, adapter)]
+    with store.opened(version.directory) as directory:
+        for name in names:
+            entry = version.files.get(name)
+            if layout.is_temporary(name) or (entry is not None and not entry.kept):
+                os.unlink(name, dir_fd=directory)
 
 
 def _dress(fd: int, found: os.stat_result) -> None:
@@ -157,6 +180,11 @@ def _clone(source: int, target: int) -> bool:
             raise
         return False
     return True
+
+
+def _has_changed(fd: int, before: os.stat_result) -> bool:
+    found = os.fstat(fd)
+    return (found.st_size, found.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
 
 
 def _copy(source: int, target: int) -> None:

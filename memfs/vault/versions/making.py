@@ -22,7 +22,7 @@ from memfs.cube import layout
 from memfs.vault.publish import publish_bytes, write_all
 from memfs.vault.store import Store, give_to_owner
 from memfs.vault.versions import records
-from memfs.vault.versions.files import NEW, completed, keep
+from memfs.vault.versions.files import NEW, clear, completed, keep
 from memfs.vault.versions.look import Present, content_of, event_for
 from memfs.vault.versions.records import CHAIN, DESCRIPTION, Entry, Link, Version
 
@@ -112,6 +112,7 @@ def complete(store: Store, cube_id: str, stamp: str) -> Version:
     version = replace(version, files=files)
     path = f"{version.directory}/{DESCRIPTION}"
     publish_bytes(store, path, _rendered(version), like=store.stat(path))
+    clear(store, version)
     return version
 
 
@@ -130,9 +131,9 @@ def remove(store: Store, cube_id: str, stamp: str) -> None:
         gone = layout.TEMPORARY + secrets.token_hex(8)
         os.rename(stamp, gone, src_dir_fd=base, dst_dir_fd=base)
         shutil.rmtree(gone, dir_fd=base)
-        if not os.listdir(base):
-            with contextlib.suppress(OSError):
-                os.rmdir(store.control_dir / "versions" / cube_id)
+        empty = not os.listdir(base)
+    if empty:
+        _remove_base(store, cube_id)
 
 
 def take_over(store: Store, old_id: str, new_id: str) -> None:
@@ -146,13 +147,21 @@ def take_over(store: Store, old_id: str, new_id: str) -> None:
         remove(store, old_id, old[0])
         return
     source, target = store.open_dir(records.directory(old_id)), _base(store, new_id)
+    taken = set(records.stamps(store, new_id))  # made within one microsecond: that one stays
     try:
         for stamp in old:
-            os.rename(stamp, stamp, src_dir_fd=source, dst_dir_fd=target)
-        os.rmdir(store.control_dir / "versions" / old_id)
+            if stamp not in taken:
+                os.rename(stamp, stamp, src_dir_fd=source, dst_dir_fd=target)
     finally:
         os.close(source)
         os.close(target)
+    _remove_base(store, old_id)
+
+
+def _remove_base(store: Store, cube_id: str) -> None:
+    """Removes the directory of a cube's versions, where it is empty."""
+    with store.opened(records.ROOT) as versions, contextlib.suppress(OSError):
+        os.rmdir(cube_id, dir_fd=versions)
 
 
 def remove_leftovers(store: Store, cube_id: str, before: float) -> None:
