@@ -5,9 +5,12 @@ Blocking; used by the service, in its I/O threads.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
+from memfs.cube import layout
 from memfs.cube.kvfile import check_tensors
 from memfs.errors import KVStale, MemfsError
 from memfs.runtime import kv_store
@@ -20,33 +23,25 @@ from memfs.vault.publish import publishing
 
 def ready(cube: Cube, resident: Resident, text: Text) -> dict[str, Any] | None:
     """What an encode has to say of a KV cache that fits already; None where there is none."""
-    try:
-        fd, _ = cube.open_kv()
-    except (MemfsError, OSError):
-        return None
-    try:
-        header = kv_store.fit(fd, resident.fingerprint, text.sha256)
-        check_tensors(fd, header)
+    with _beside(cube, text) as fd:
+        if fd is None:
+            return None
+        try:
+            header = kv_store.fit(fd, resident.fingerprint, text.sha256)
+            check_tensors(fd, header)
+        except MemfsError:
+            return None
         size = os.fstat(fd).st_size
-    except MemfsError:
-        return None
-    finally:
-        os.close(fd)
     return {"tokens": header.tokens, "kept_tokens": header.tokens, "seconds": 0.0, "bytes": size}
 
 
-def earlier(cube: Cube, resident: Resident) -> tuple[KVCache, list[int]] | None:
+def earlier(cube: Cube, resident: Resident, text: Text) -> tuple[KVCache, list[int]] | None:
     """This model's KV cache of an earlier text of the cube, if there is one that can be trusted."""
-    try:
-        fd, _ = cube.open_kv()
-    except (MemfsError, OSError):
-        return None
-    try:
-        return kv_store.read(fd, resident, None, room=0)
-    except MemfsError:
-        return None
-    finally:
-        os.close(fd)
+    with _beside(cube, text) as fd:
+        try:
+            return None if fd is None else kv_store.read(fd, resident, None, room=0)
+        except MemfsError:
+            return None
 
 
 def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int:
@@ -55,9 +50,28 @@ def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int
     Raises, and publishes nothing: KVStale where the text changed meanwhile, NotAllowed where the
     cube was frozen.
     """
-    with publishing(cube.store, cube.kv, like=cube.payload) as (fd, _):
-        size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
-        if cube.signature(cube.payload) != text.signature and cube.text().sha256 != text.sha256:
-            raise KVStale(f"{cube.path}: the text changed while it was encoded")
-        cube.require_writable()
+    with cube.open(None) as files:  # the directory that is looked at is the one that is written to
+        here = files.directory
+        with publishing(here, layout.KV, like=layout.PAYLOAD) as (fd, _):
+            size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
+            with files.again() as now:
+                if now.signature != text.signature and now.text().sha256 != text.sha256:
+                    raise KVStale(f"{cube.path}: the text changed while it was encoded")
+            cube.require_writable()
     return size
+
+
+@contextlib.contextmanager
+def _beside(cube: Cube, text: Text) -> Iterator[int | None]:
+    """The KV cache that lies beside this very text; None where there is none to be read."""
+    try:
+        files = cube.open(None)
+    except (MemfsError, OSError):
+        yield None
+        return
+    with files:
+        try:
+            fd = files.open_kv()[0] if files.signature == text.signature else None
+        except (MemfsError, OSError):
+            fd = None
+        yield fd

@@ -25,8 +25,8 @@ from memfs.errors import (
 from memfs.operation.governance import Governed, Grantees, denial, granted_by
 from memfs.vault.frozen import Frozen
 from memfs.vault.identity import read_meta
-from memfs.vault.rights import acl_bytes
-from memfs.vault.store import Store
+from memfs.vault.rights import read_acl
+from memfs.vault.store import Store, open_regular_at
 
 MAX_TEXT = 64 << 20
 """Bytes of a payload that are looked at; no model's context is near that long."""
@@ -42,7 +42,6 @@ class Text:
     data: bytes
     sha256: str
     signature: Signature
-    status: os.stat_result
 
     @property
     def text(self) -> str:
@@ -65,109 +64,154 @@ class Cube:
         """Names it among all stores."""
         return f"{self.store.root}\0{self.path}"
 
-    @property
-    def payload(self) -> str:
-        """Path of its text."""
-        return layout.join(self.path, layout.PAYLOAD)
-
-    @property
-    def kv(self) -> str:
-        """Path of its KV cache."""
-        return layout.join(self.path, layout.KV)
-
-    def require(self, caller: Caller, right: str, name: str = layout.PAYLOAD) -> None:
-        """Raises NotAllowed where ``caller`` may not read a file of this cube, or has not a right.
+    def open(self, caller: Caller | None, right: str | None = None) -> Files:
+        """Its files, as far as ``caller`` may read them and has a right; None is the daemon itself.
 
         The answer for what may not be read is that of the kernel: it does not tell whether there is
-        anything behind a directory that may not be entered, and nothing is looked at before.
+        anything behind a directory that may not be entered, and nothing is looked at before. Each
+        directory is reached from the one before it, so another that takes its place meanwhile is
+        not the one that is read.
 
         Args:
             right: mount or promote.
-        """
-        self.require_entry(caller)
-        for file in dict.fromkeys((layout.PAYLOAD, name)):
-            try:
-                readable = self._allowed(caller, layout.join(self.path, file), READ)
-            except NotACube as e:
-                raise NotFound(f"{self.path} has no {file}") from e
-            if not readable:
-                raise NotAllowed(f"{layout.join(self.path, file)}: you may not read it")
-        owner = self._stat(self.payload).st_uid
-        why = denial(caller, right, Governed(owner, readable=True, granted=self._granted()))
-        if why is not None:
-            raise NotAllowed(f"{self.path}: {why}")
 
-    def require_entry(self, caller: Caller) -> None:
-        """Raises NotAllowed where ``caller`` may not enter its directory, or one above it."""
-        parts = self.path.split("/")
-        for depth in range(len(parts) + 1):
-            above = "/".join(parts[:depth])
-            if not self._allowed(caller, above, SEARCH):
-                raise NotAllowed(f"{self.path}: you may not enter {above or 'the store'}")
+        Raises:
+            NotAllowed; NotFound (NotACube where there is no such directory).
+        """
+        try:
+            fd = self.store.enter(self.path, lambda fd, at: self._require_search(caller, fd, at))
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise NotACube(self.path) from e
+        files = Files(self, caller, fd)
+        try:
+            files.require(right)
+        except BaseException:
+            files.close()
+            raise
+        return files
 
     def visible(self, caller: Caller) -> bool:
         """Whether ``caller`` may have it mounted."""
         try:
-            self.require(caller, "mount")
+            self.open(caller, "mount").close()
         except (MemfsError, OSError):
             return False
         return True
-
-    def _allowed(self, caller: Caller, path: str, rights: int) -> bool:
-        found = self._stat(path)
-        if caller.uid == 0:
-            return allowed(caller, found, rights)
-        raw = acl_bytes(self.store, path)
-        return allowed(caller, found, rights, Acl.parse(raw) if raw else None)
-
-    def _granted(self) -> dict[str, Grantees] | None:
-        """Whom the header names for each right; None where it cannot be read."""
-        try:
-            header = read_meta(self.store, self.path)
-        except FileNotFoundError:
-            return {}
-        except (OSError, InvalidMetadata, NotAllowed):
-            return None
-        return granted_by(header.get("governance", {}).get("access", []))
 
     def require_writable(self) -> None:
         """Raises NotAllowed where the cube, or one that it lies in, is frozen."""
         if Frozen(self.store).over(self.path) is not None:
             raise NotAllowed(f"{self.path} is frozen: no {layout.KV} is made for it")
 
-    def text(self) -> Text:
-        """The payload, whole. Raises NotACube where there is none."""
+    def _require_search(self, caller: Caller | None, fd: int, at: str) -> None:
+        if not may(caller, fd, SEARCH):
+            raise NotAllowed(f"{self.path}: you may not enter {at or 'the store'}")
+
+
+class Files:
+    """The files of a cube, held open: what a caller was let to is what is read.
+
+    Closed by whoever opened it, or at the end of a ``with``; a request that was given up while a
+    thread opened them for it leaves them to nobody, and then they go by themselves.
+    """
+
+    def __init__(self, cube: Cube, caller: Caller | None, fd: int) -> None:
+        """``fd`` is the cube's directory, and from now on this object's."""
+        self.cube = cube
+        self.directory = Store(cube.store.root / cube.path, fd, writable=cube.store.writable)
+        """The cube's directory; its files are named without the cube's path."""
+        self._caller = caller
+        self._payload = self._kv = -1
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+        opened = [fd for fd in (self._payload, self._kv) if fd >= 0]
+        self._payload = self._kv = -1
+        for fd in opened:
+            os.close(fd)
+        self.directory.close()
+
+    __del__ = close
+
+    def require(self, right: str | None) -> None:
+        """Opens the payload. Raises NotFound, NotAllowed (it may not be read, or no ``right``)."""
+        self._payload = self._open(layout.PAYLOAD)
+        if self._caller is None or right is None:
+            return
+        owner = os.fstat(self._payload).st_uid
+        governed = Governed(owner, readable=True, granted=self._granted())
+        why = denial(self._caller, right, governed)
+        if why is not None:
+            raise NotAllowed(f"{self.cube.path}: {why}")
+
+    def again(self) -> Files:
+        """The same directory's files as they are by now."""
+        files = Files(self.cube, self._caller, os.dup(self.directory.fd))
         try:
-            fd = self.store.open_regular(self.payload)
-        except FileNotFoundError as e:
-            raise NotACube(self.path) from e
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
+            files.require(None)
+        except BaseException:
+            files.close()
+            raise
+        return files
+
+    @property
+    def signature(self) -> Signature:
+        """Of the payload."""
+        return _signature(os.fstat(self._payload))
+
+    def text(self) -> Text:
+        """The payload, whole."""
+        status = os.fstat(self._payload)
+        os.lseek(self._payload, 0, os.SEEK_SET)
+        with open(self._payload, "rb", closefd=False) as file:
             data = file.read(MAX_TEXT + 1)
         if len(data) > MAX_TEXT:
-            raise InvalidRequest(f"{self.payload} is longer than {MAX_TEXT} bytes")
-        return Text(data, hashlib.sha256(data).hexdigest(), _signature(status), status)
-
-    def signature(self, path: str) -> Signature | None:
-        """Of one of its files; None where there is none."""
-        try:
-            return _signature(self.store.stat(path))
-        except FileNotFoundError:
-            return None
+            shown = layout.join(self.cube.path, layout.PAYLOAD)
+            raise InvalidRequest(f"{shown} is longer than {MAX_TEXT} bytes")
+        return Text(data, hashlib.sha256(data).hexdigest(), _signature(status))
 
     def open_kv(self) -> tuple[int, Signature]:
-        """A descriptor of the KV cache, and its signature. Raises NotFound where there is none."""
-        try:
-            fd = self.store.open_regular(self.kv)
-        except FileNotFoundError as e:
-            raise NotFound(f"{self.path} has no {layout.KV}") from e
-        return fd, _signature(os.fstat(fd))
+        """A descriptor of the KV cache, closed with the rest, and its signature.
 
-    def _stat(self, path: str) -> os.stat_result:
+        Raises NotFound, NotAllowed (it may not be read).
+        """
+        if self._kv < 0:
+            self._kv = self._open(layout.KV)
+        return self._kv, _signature(os.fstat(self._kv))
+
+    def pinned(self) -> bool:
+        """Whether its header pins it."""
         try:
-            return self.store.stat(path)
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise NotACube(self.path) from e
+            return bool(read_meta(self.directory, "").get("state", {}).get("pinned"))
+        except (OSError, InvalidMetadata, NotAllowed):
+            return False
+
+    def _open(self, name: str) -> int:
+        shown = layout.join(self.cube.path, name)
+        try:
+            fd = open_regular_at(self.directory.fd, name, shown=shown)
+        except FileNotFoundError as e:
+            raise NotFound(f"{self.cube.path} has no {name}") from e
+        if not may(self._caller, fd, READ):
+            os.close(fd)
+            raise NotAllowed(f"{shown}: you may not read it")
+        return fd
+
+    def _granted(self) -> dict[str, Grantees] | None:
+        """Whom the header names for each right; None where it cannot be read."""
+        try:
+            header = read_meta(self.directory, "")
+        except FileNotFoundError:
+            return {}
+        except (OSError, InvalidMetadata, NotAllowed):
+            return None
+        return granted_by(header.get("governance", {}).get("access", []))
 
 
 class Stores:
@@ -176,19 +220,23 @@ class Stores:
     def __init__(self) -> None:
         self._open: dict[str, Store] = {}
 
-    def cube(self, root: str, path: str, caller: Caller) -> Cube:
+    def cube(self, root: str, path: str, caller: Caller, *, by_mount: bool) -> Cube:
         """The cube at ``path`` in the store at ``root``. Raises InvalidRequest, NotFound.
 
         To other users than the daemon's own every directory that is no store, or that they may not
         enter, is the same: NotAllowed.
+
+        Args:
+            by_mount: whether a mount asks for ``caller``: they reach the store's root through the
+                mount, which need not lie where the store lies.
         """
         if not os.path.isabs(root) or not path or path.startswith("/"):
             raise InvalidRequest("a cube is named by an absolute store and a path within it")
         own = caller.uid in (0, os.geteuid())
         try:
-            store = self._store(root, own=own)
+            store = self._store(os.path.realpath(root), own=own)
             if not own:
-                Cube(store, "").require_entry(caller)
+                _require_way(store, caller, from_root=not by_mount)
         except (NotFound, NotAllowed, OSError):
             if own:
                 raise
@@ -196,7 +244,7 @@ class Stores:
         return Cube(store, path)
 
     def _store(self, root: str, *, own: bool) -> Store:
-        root = os.path.realpath(root)  # a symlink is no other store, and may lead elsewhere later
+        """``root`` is a real path: a symlink is no other store, and may lead elsewhere later."""
         store = self._open.get(root)
         if store is None or not _same_directory(store, root):
             store = Store.open(Path(root), create_control=False)
@@ -205,6 +253,36 @@ class Stores:
                 raise NotFound(root)
             self._open[root] = store
         return store
+
+
+def may(caller: Caller | None, fd: int, rights: int) -> bool:
+    """Whether the file or directory that is open gives ``caller`` all ``rights``.
+
+    It is the daemon's own business (None) what that may read.
+    """
+    if caller is None:
+        return True
+    raw = read_acl(f"/proc/self/fd/{fd}") if caller.uid else None  # O_PATH has none of its own
+    return allowed(caller, os.fstat(fd), rights, Acl.parse(raw) if raw else None)
+
+
+def _require_way(store: Store, caller: Caller, *, from_root: bool) -> None:
+    """Raises NotAllowed where ``caller`` may not enter a store, or a directory above it."""
+
+    def look(fd: int, _path: str) -> None:
+        if not may(caller, fd, SEARCH):
+            raise NotAllowed("")
+
+    look(store.fd, "")
+    if from_root:
+        way = Store(Path("/"), os.open("/", os.O_PATH | os.O_CLOEXEC), writable=False)
+        with way:
+            fd = way.enter(str(store.root).lstrip("/"), look)
+        try:
+            if not os.path.samestat(os.fstat(fd), os.fstat(store.fd)):
+                raise NotFound(str(store.root))  # it was moved just now
+        finally:
+            os.close(fd)
 
 
 def _same_directory(store: Store, root: str) -> bool:

@@ -9,21 +9,20 @@ to the I/O threads.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from memfs.cube import layout, metadata
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
-from memfs.errors import InvalidMetadata, MemfsError, NotAllowed, Refused
+from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
 from memfs.runtime import kv_store
 from memfs.runtime.answering import Question
-from memfs.runtime.cubes import Cube, Signature, Text
+from memfs.runtime.cubes import Cube, Files, Signature, Text
 from memfs.runtime.kv_cache import KVCache
 from memfs.runtime.residency import Entry, Residency
 from memfs.runtime.resident import Resident
@@ -71,51 +70,53 @@ class Mounted:
         """The cubes that a user has mounted, in the order of mounting."""
         return list(self._sessions.get(uid, {}).values())
 
-    async def mount(self, cube: Cube, uid: int, *, pin: bool = False) -> Entry[Memory]:
+    async def mount(self, files: Files, uid: int, *, pin: bool = False) -> Entry[Memory]:
         """Puts a cube's KV cache into the model and the user's session.
 
         Raises what ``load`` raises; what was mounted before stays.
         """
-        entry = await self.load(cube, uid)
-        entry.pinned = entry.pinned or pin or await self._in_io(_pinned, cube)
-        self.join(cube, uid, entry)
+        entry = await self.load(files, uid)
+        entry.pinned = entry.pinned or pin or await self._in_io(files.pinned)
+        self.join(files.cube, uid, entry)
         return entry
 
-    async def load(self, cube: Cube, uid: int) -> Entry[Memory]:
+    async def load(self, files: Files, uid: int) -> Entry[Memory]:
         """The resident KV cache of a cube, read and checked in full unless it is there already.
+
+        Args:
+            files: as the user was let to them: what they get is made of these.
 
         Raises:
             NotFound: the cube has no KV cache.
+            NotAllowed: they may not read it.
             KVCorrupt, KVForeign, KVStale, OverBudget: it is refused; by name of what differs.
         """
+        cube = files.cube
         # Two readers of one cube share one load.
         async with self._loading.setdefault(cube.key, asyncio.Lock()):
             entry = self.residency.peek(cube.key)
-            if entry and not await self._in_io(_unchanged, entry.value):
+            if entry and not await self._in_io(_unchanged, entry.value, files):
                 self._drop(cube.key, "its files changed")
                 entry = None
             if entry is None:
                 try:
-                    entry = await self._load(cube)
+                    entry = await self._load(files)
                 except Refused as e:
                     self.refuse(cube, uid, e)
                     raise
             self.residency.use(cube.key)
             return entry
 
-    async def _load(self, cube: Cube) -> Entry[Memory]:
-        text: Text = await self._in_io(cube.text)
-        fd, signature = await self._in_io(cube.open_kv)
-        try:
-            header = await self._in_io(kv_store.fit, fd, self.resident.fingerprint, text.sha256)
-            rows = self.resident.base + header.tokens + kv_store.ROOM
-            self._evict_for(rows * self.resident.shape.token_bytes)
-            cache, _ = await self._in_io(kv_store.read, fd, self.resident, text.sha256)
-        finally:
-            os.close(fd)
+    async def _load(self, files: Files) -> Entry[Memory]:
+        text: Text = await self._in_io(files.text)
+        fd, signature = await self._in_io(files.open_kv)
+        header = await self._in_io(kv_store.fit, fd, self.resident.fingerprint, text.sha256)
+        rows = self.resident.base + header.tokens + kv_store.ROOM
+        self._evict_for(rows * self.resident.shape.token_bytes)
+        cache, _ = await self._in_io(kv_store.read, fd, self.resident, text.sha256)
         self._evict_for(cache.nbytes)  # another may have come in while this one was read
-        memory = Memory(cube, cache, text.sha256, text.signature, signature)
-        return self.residency.add(cube.key, memory, header.tokens)
+        memory = Memory(files.cube, cache, text.sha256, text.signature, signature)
+        return self.residency.add(files.cube.key, memory, header.tokens)
 
     def lend(self, question: Question, entries: list[Entry[Memory]]) -> str | None:
         """Lends an answer a cache to write behind; the key of the cubes placed together.
@@ -168,7 +169,7 @@ class Mounted:
         It stays in the sessions it is in: their next question is answered from its text.
         """
         entry = self.residency.peek(cube.key)
-        if entry and not await self._in_io(_unchanged, entry.value):
+        if entry and not await self._in_io(_still_there, entry.value, cube):
             self._drop(cube.key, "its files changed")
 
     def moved(self, root: str, old: str, new: str) -> None:
@@ -196,6 +197,15 @@ class Mounted:
         event = {"cube": cube.path, "store": str(cube.store.root), "reason": str(error)}
         self.refusals.append({**event, "uid": uid, "time": rfc3339()})
         self.announce("refused", cube, uid=uid, reason=str(error))
+
+    @contextlib.contextmanager
+    def denying(self, cube: Cube, uid: int, right: str) -> Iterator[None]:
+        """Announces that a user is denied something, where the body raises NotAllowed."""
+        try:
+            yield
+        except NotAllowed as e:
+            self.announce("denied", cube, uid=uid, right=right, reason=e.detail)
+            raise
 
     def announce(self, event: str, cube: Cube, **facts: object) -> None:
         """Tells the subscribers of the cube's store."""
@@ -251,16 +261,18 @@ class Mounted:
         return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
 
 
-def _unchanged(memory: Memory) -> bool:
-    """Whether the files of a mounted cube are the ones it was mounted from."""
-    cube = memory.cube
-    if cube is None or cube.signature(cube.kv) != memory.kv_signature:
+def _unchanged(memory: Memory, files: Files) -> bool:
+    """Whether a cube was mounted from these very files. Raises NotAllowed."""
+    try:
+        if files.open_kv()[1] != memory.kv_signature:
+            return False
+    except NotFound:
         return False
-    if cube.signature(cube.payload) == memory.payload_signature:
+    if files.signature == memory.payload_signature:
         return True
     try:
-        text = cube.text()  # touched, or saved again with the same words
-    except MemfsError:
+        text = files.text()  # touched, or saved again with the same words
+    except InvalidRequest:
         return False
     if text.sha256 != memory.payload_sha256:
         return False
@@ -268,10 +280,10 @@ def _unchanged(memory: Memory) -> bool:
     return True
 
 
-def _pinned(cube: Cube) -> bool:
-    """Whether the cube's meta.json pins it."""
+def _still_there(memory: Memory, cube: Cube) -> bool:
+    """Whether the files that a cube was mounted from are those that it has now."""
     try:
-        raw = cube.store.read(layout.join(cube.path, layout.META), metadata.MAX_BYTES)
-        return bool(metadata.parse(raw).get("state", {}).get("pinned"))
-    except (OSError, InvalidMetadata, NotAllowed):
+        with cube.open(None) as files:
+            return _unchanged(memory, files)
+    except (MemfsError, OSError):
         return False

@@ -112,10 +112,10 @@ class Server:
             yield {"ok": await service.status(None if self._is_trusted(peer) else peer)}
         elif op == "mount":
             kind, pin = str(request.get("kind", "kv")), bool(request.get("pin"))
-            yield {"ok": await service.mount(caller, self._cube(request, caller), kind, pin)}
+            yield {"ok": await service.mount(caller, self._cube(request, caller, peer), kind, pin)}
         elif op == "unmount":
             named = request.get("path") is not None
-            cube = self._cube(request, caller) if named else None
+            cube = self._cube(request, caller, peer) if named else None
             yield {"ok": await service.unmount(caller, cube)}
         elif op == "changed":
             await service.changed(self._stores_cube(request, peer))
@@ -128,11 +128,11 @@ class Server:
         elif op == "encode":
             mount, force = bool(request.get("mount")), bool(request.get("force"))
             async for event in service.encode(
-                caller, self._cube(request, caller), mount=mount, force=force
+                caller, self._cube(request, caller, peer), mount=mount, force=force
             ):
                 yield event
         elif op == "ask":
-            async for event in self._ask(request, caller):
+            async for event in self._ask(request, caller, peer):
                 yield event
         elif op == "subscribe":
             root = str(request.get("store"))
@@ -149,7 +149,7 @@ class Server:
         else:
             raise InvalidRequest(f"there is no operation {op!r}")
 
-    def _ask(self, request: Request, caller: Caller) -> AsyncIterator[dict[str, Any]]:
+    def _ask(self, request: Request, caller: Caller, peer: Caller) -> AsyncIterator[dict[str, Any]]:
         question, named = request.get("question"), request.get("cubes")
         limit = request.get("max_tokens", 256)
         if not isinstance(question, str) or not question.strip():
@@ -160,16 +160,19 @@ class Server:
         if named is not None:
             if not isinstance(named, list) or not all(isinstance(c, dict) for c in named):
                 raise InvalidRequest("cubes must be a list of {store, path}")
-            cubes = [self._cube(c, caller) for c in named]
+            cubes = [self._cube(c, caller, peer) for c in named]
         kv = request.get("kv") is not False
         return self._service.ask(caller, cubes, question, kv=kv, limit=limit)
 
-    def _cube(self, request: Request, caller: Caller, field: str = "path") -> Cube:
-        return self._service.cube(request.get("store"), request.get(field), caller)
+    def _cube(self, request: Request, caller: Caller, peer: Caller, field: str = "path") -> Cube:
+        by_mount = caller is not peer
+        return self._service.cube(
+            request.get("store"), request.get(field), caller, by_mount=by_mount
+        )
 
     def _stores_cube(self, request: Request, peer: Caller, field: str = "path") -> Cube:
         """A cube that the mount of its store tells of."""
-        cube = self._cube(request, peer, field)
+        cube = self._cube(request, peer, peer, field)
         # The store that is open, not what the path leads to by now.
         if not self._is_trusted(peer) and os.fstat(cube.store.fd).st_uid != peer.uid:
             raise NotAllowed("only its owner tells of what changes in a store")

@@ -25,7 +25,7 @@ from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
 from memfs.runtime import cube_kv, kv_store
 from memfs.runtime.answering import Answer, Part, Question, answer
-from memfs.runtime.cubes import Cube, Stores, Text
+from memfs.runtime.cubes import Cube, Files, Stores, Text
 from memfs.runtime.encoding import Encodings, Tell, prefill
 from memfs.runtime.memory import spare
 from memfs.runtime.mounted import Memory, Mounted
@@ -147,12 +147,13 @@ class Service:
     async def mount(self, caller: Caller, cube: Cube, kind: str, pin: bool) -> dict[str, Any]:
         """Puts a cube's KV cache into the model and the caller's session."""
         mounted = await self._mounted_set()
-        await self._require(mounted, caller, cube, "mount", layout.KV if kind == "kv" else None)
-        if kind != "kv":
-            error = Refused(f"{cube.path}: this runtime mounts KV caches, not {kind}s")
-            mounted.refuse(cube, caller.uid, error)
-            raise error
-        entry = await mounted.mount(cube, caller.uid, pin=pin)
+        with await self._open(mounted, caller, cube, "mount") as files:
+            if kind != "kv":
+                error = Refused(f"{cube.path}: this runtime mounts KV caches, not {kind}s")
+                mounted.refuse(cube, caller.uid, error)
+                raise error
+            with mounted.denying(cube, caller.uid, "mount"):
+                entry = await mounted.mount(files, caller.uid, pin=pin)
         self._prepare()
         return {"mounted": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
 
@@ -160,7 +161,7 @@ class Service:
         """Takes a cube, or all, out of the caller's session."""
         mounted = await self._mounted_set()
         if cube:
-            await self._require(mounted, caller, cube, "mount")
+            (await self._open(mounted, caller, cube, "mount")).close()
         cubes = [cube] if cube else mounted.session(caller.uid)
         gone = [c.path for c in cubes if mounted.unmount(c, caller.uid)]
         if cube and not gone:
@@ -180,22 +181,23 @@ class Service:
     async def encode(self, caller: Caller, cube: Cube, *, mount: bool, force: bool) -> Events:
         """Makes ``kv.safetensors`` from the payload; progress, then what was done."""
         mounted = await self._mounted_set()
-        await self._require(mounted, caller, cube, "promote")
-        if mount:
-            await self._require(mounted, caller, cube, "mount")
-        text = await self._in_io(cube.text)
+        with await self._open(mounted, caller, cube, "promote") as files:
+            if mount:
+                (await self._open(mounted, caller, cube, "mount")).close()
+            text = await self._in_io(files.text)
 
         async def work(tell: Tell) -> dict[str, Any]:
             return await self._encode(mounted, cube, text, tell, force=force)
 
         key = f"{cube.key}\0{text.sha256}\0{force}"
-        async for event in self._encodings.run(key, work):
-            if event["event"] == "progress":
-                yield event
-                continue
-            if mount:
-                await mounted.mount(cube, caller.uid)
-            yield {"ok": event}
+        with mounted.denying(cube, caller.uid, "promote"):
+            async for event in self._encodings.run(key, work):
+                if event["event"] == "progress":
+                    yield event
+        if mount:
+            with await self._open(mounted, caller, cube, "mount") as files:
+                await mounted.mount(files, caller.uid)
+        yield {"ok": event}
 
     async def ask(
         self, caller: Caller, cubes: list[Cube] | None, question: str, *, kv: bool, limit: int
@@ -262,23 +264,19 @@ class Service:
         except OSError:
             return False
 
-    def cube(self, root: object, path: object, caller: Caller) -> Cube:
-        """The cube that a request names."""
+    def cube(self, root: object, path: object, caller: Caller, *, by_mount: bool) -> Cube:
+        """The cube that a request names; ``by_mount`` as for ``Stores.cube``."""
         if not isinstance(root, str) or not isinstance(path, str):
             raise InvalidRequest("store and path must be strings")
-        return self._stores.cube(root, path, caller)
+        return self._stores.cube(root, path, caller, by_mount=by_mount)
 
     # How they do it.
 
-    async def _require(
-        self, mounted: Mounted, caller: Caller, cube: Cube, right: str, name: str | None = None
-    ) -> None:
-        """Raises NotAllowed where a caller has not a right, of which the store's mount is told."""
-        try:
-            await self._in_io(cube.require, caller, right, name or layout.PAYLOAD)
-        except NotAllowed as e:
-            mounted.announce("denied", cube, uid=caller.uid, right=right, reason=e.detail)
-            raise
+    async def _open(self, mounted: Mounted, caller: Caller, cube: Cube, right: str) -> Files:
+        """A cube's files, to be closed. Raises NotAllowed where a caller has not a right."""
+        with mounted.denying(cube, caller.uid, right):
+            files: Files = await self._in_io(cube.open, caller, right)
+        return files
 
     def _prepare(self) -> None:
         """Has memory made ready for the next mount, once nothing else is wanted."""
@@ -311,23 +309,22 @@ class Service:
         self, mounted: Mounted, caller: Caller, cube: Cube, before: list[Part], *, kv: bool
     ) -> tuple[Part, Entry[Memory] | None]:
         """One memory of a question: its KV cache where that fits, else its text and the reason."""
-        await self._require(mounted, caller, cube, "mount")
         why = "not wanted" if not kv else None
         if kv and before and mounted.resident.unplaceable:
             why = f"several cubes cannot be placed: {mounted.resident.unplaceable}"
         root = str(cube.store.root)
-        if why is None:
-            try:
-                await self._in_io(cube.require, caller, "mount", layout.KV)
-                entry = await mounted.load(cube, caller.uid)
-                return Part(cube.path, root, None, entry.value.cache), entry
-            except NotFound:
-                why = f"it has no {layout.KV}"
-            except MemfsError as e:
-                why = str(e)
-            except OSError as e:
-                why = f"{layout.KV}: {e.strerror}"
-        text: Text = await self._in_io(cube.text)
+        with await self._open(mounted, caller, cube, "mount") as files:
+            if why is None:
+                try:
+                    entry = await mounted.load(files, caller.uid)
+                    return Part(cube.path, root, None, entry.value.cache), entry
+                except NotFound:
+                    why = f"it has no {layout.KV}"
+                except MemfsError as e:
+                    why = str(e)
+                except OSError as e:
+                    why = f"{layout.KV}: {e.strerror}"
+            text: Text = await self._in_io(files.text)
         return Part(cube.path, root, text.text, None, why), None
 
     def _after(
@@ -345,7 +342,7 @@ class Service:
         if not force and (ready := await self._in_io(cube_kv.ready, cube, resident, text)):
             return {**ready, "event": "done", "path": cube.path, "made": False}
         await self._in_io(cube.require_writable)
-        earlier = None if force else await self._in_io(cube_kv.earlier, cube, resident)
+        earlier = None if force else await self._in_io(cube_kv.earlier, cube, resident, text)
         job = self._worker.submit(prefill(resident, text.text, earlier), Priority.ENCODE)
         try:
             async for event in job:

@@ -107,6 +107,27 @@ class Store:
         finally:
             os.close(fd)
 
+    def enter(self, path: str, look: Callable[[int, str], None] = lambda _fd, _path: None) -> int:
+        """A descriptor of a directory, good for what is in it (O_PATH), reached step by step.
+
+        Args:
+            look: is given each directory on the way and its path, the root first and this one
+                last, before anything in it is touched; what it raises ends the walk.
+        """
+        _require_inside(path)
+        fd, reached = os.dup(self.fd), ""
+        try:
+            look(fd, reached)
+            for name in path.split("/") if path else ():
+                below = _step(name, fd, _STEP, path)
+                os.close(fd)
+                fd, reached = below, layout.join(reached, name)
+                look(fd, reached)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def open_file(self, path: str, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
         """A descriptor of a file, opened (or made) with ``flags``. A symlink gives ``ELOOP``."""
         if not flags & os.O_CREAT and _at_once(path):
@@ -187,14 +208,7 @@ class Store:
         above, _, name = path.rpartition("/")
         if above and _at_once(above):
             return open_beneath(self.fd, above, os.O_PATH | os.O_DIRECTORY), name
-        fd = os.dup(self.fd)
-        for part in above.split("/") if above else ():
-            try:
-                below = _step(part, fd, _STEP, path)
-            finally:
-                os.close(fd)
-            fd = below
-        return fd, name
+        return self.enter(above), name
 
 
 def _at_once(path: str) -> bool:

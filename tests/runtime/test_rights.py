@@ -31,6 +31,7 @@ from memfs.cube.kvfile import TOKEN_IDS
 from memfs.errors import InvalidConfig, InvalidRequest, MemfsError, NotAllowed, RuntimeUnavailable
 from memfs.runtime.client import RuntimeClient, connect, stop
 from memfs.runtime.protocol import shared_socket_path, socket_path
+from memfs.vault.rename import RENAME_EXCHANGE, renameat2
 from tests.users import as_user, in_context, needs_root
 
 from .conftest import Shop, ask, how, prose
@@ -207,6 +208,77 @@ def test_and_takes_the_same_time(shared: Config, shop: Shop) -> None:
     medians = {name: statistics.median(times) for name, times in as_user(BEN, timed).items()}
     assert max(medians.values()) < 0.1, medians
     assert max(medians.values()) < 2 * min(medians.values()), medians
+
+
+def test_the_way_to_the_store_counts(shared: Config, public: Path) -> None:
+    """A store that is open to all in a home that is not."""
+    home = public / "home"
+    store = home / "of ann/store"
+    store.mkdir(parents=True)
+    for directory in (home, home / "of ann", store):
+        os.chown(directory, ANN, ANN)
+    cube = cube_of(Shop(store), "a", 0o644)
+    request(shared, BEN, "encode", **cube, mount=True)
+    home.chmod(0o700)
+    for call in (
+        lambda: request(shared, BEN, "encode", **cube),
+        lambda: request(shared, BEN, "mount", **cube),
+        lambda: question(shared, BEN, cube),
+    ):
+        assert refusal(call)[1].endswith("there is no store that you may enter")
+    request(shared, ANN, "encode", **cube)
+    request(shared, 0, "encode", **cube, uid=BEN, gids=[BEN])  # it reached the cube by a mount
+    subprocess.run(["setfacl", "-m", f"u:{BEN}:x", home], check=True)
+    request(shared, BEN, "encode", **cube)
+
+
+def test_a_directory_that_is_exchanged_meanwhile_is_not_read(shared: Config, shop: Shop) -> None:
+    """Ben may rename in the collection, and puts his cube where Ann's was, and back, all the time.
+
+    He gets what he may read, whatever was looked at: her text and her KV cache are longer.
+    """
+    words = {"ann": 300, "ben": 20}
+    for name, uid in (("ann", ANN), ("ben", BEN)):
+        cube_of(shop, f"open/{name}", 0o644)
+        (shop.root / "open" / name / "payload.md").write_text(prose(words[name]))
+        request(shared, ANN, "encode", **shop.named(f"open/{name}"), mount=True)
+        os.chown(shop.root / "open" / name, uid, uid)
+        (shop.root / "open" / name).chmod(0o700)
+    (shop.root / "open").chmod(0o777)
+    known = request(shared, BEN, "ask", cubes=[shop.named("open/ben")], question="?", max_tokens=1)
+
+    stop = shop.root / "open/stop"
+
+    def exchange() -> None:
+        signal.alarm(60)
+        both = os.open(shop.root / "open", os.O_PATH)
+        while not stop.exists():
+            renameat2(both, "ann", both, "ben", RENAME_EXCHANGE)
+
+    def attempt() -> dict[str, int]:
+        found = {"right": 0, "refused": 0, "wrong": 0}
+        with RuntimeClient(shared_socket_path(shared, 0), served_by=0) as client:
+            until = time.monotonic() + 4
+            while time.monotonic() < until:
+                for name in ("ann", "ben"):
+                    for kv in (True, False):
+                        asked = {"cubes": [shop.named(f"open/{name}")], "kv": kv}
+                        try:
+                            got = client.call("ask", question="?", max_tokens=1, **asked)
+                        except NotAllowed:
+                            found["refused"] += 1
+                            continue
+                        same = got["prompt_tokens"] == known["prompt_tokens"]
+                        found["right" if same else "wrong"] += 1
+        stop.touch()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        exchanging = pool.submit(as_user, BEN, exchange)
+        found = as_user(BEN, attempt)
+        exchanging.result()
+    assert found["right"] and found["refused"], found
+    assert not found["wrong"], found
 
 
 def test_directories_that_are_no_store_are_all_the_same(shared: Config, public: Path) -> None:
