@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from memfs.vault.lock import lock
 from memfs.vault.store import Store
 from tests.users import open_way
 
-Run = Callable[..., tuple[int, str, str]]
+from .conftest import Run
 
 
 def make_store(root: Path, *names: str) -> Path:
@@ -41,16 +40,6 @@ def store(tmp_path: Path) -> Path:
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
     return make_store(tmp_path / "other")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        status = cli.main([*map(str, args)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 @pytest.fixture

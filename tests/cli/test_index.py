@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memfs.cli import main as cli
 from memfs.cube import metadata
 from memfs.index.lmdb_index import Index
 from memfs.index.rebuild import index_directory
 from memfs.vault.lock import lock
 from memfs.vault.store import Store
+from tests.waiting import until
 
-needs_fuse = pytest.mark.skipif(
-    not (os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3")),
-    reason="needs /dev/fuse and fusermount3",
-)
+from .conftest import Run, needs_fuse
 
 
 @pytest.fixture
@@ -39,17 +36,9 @@ def store(tmp_path: Path) -> Path:
     return root
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        status = cli.main(["index", *map(str, args)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
+def run(run: Run) -> Run:
+    return functools.partial(run, "index")
 
 
 def from_json(run: Run, *args: object) -> tuple[int, Any]:
@@ -179,9 +168,7 @@ def mountpoint(store: Path, tmp_path: Path) -> Iterator[Path]:
 
 @needs_fuse
 def test_a_mounted_store(store: Path, mountpoint: Path, run: Run) -> None:
-    end = time.monotonic() + 20
-    while run("check", mountpoint)[0] != 0 and time.monotonic() < end:
-        time.sleep(0.2)  # the mount fills its first index in the background
+    until(lambda: run("check", mountpoint)[0] == 0)  # the mount fills its first index meanwhile
     (mountpoint / "new").mkdir()
     (mountpoint / "new" / "payload.md").write_text("text")
     (store / "beside").mkdir()
@@ -199,9 +186,7 @@ def test_a_mounted_store(store: Path, mountpoint: Path, run: Run) -> None:
 
 @needs_fuse
 def test_a_damaged_index_is_mended_under_the_mount(store: Path, mountpoint: Path, run: Run) -> None:
-    end = time.monotonic() + 20
-    while run("check", store)[0] != 0 and time.monotonic() < end:
-        time.sleep(0.2)
+    until(lambda: run("check", store)[0] == 0)
     with (store / ".memfs" / "index" / "data.mdb").open("r+b") as file:
         data = file.read()
         assert b'"work/note"' in data

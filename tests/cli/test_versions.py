@@ -7,23 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memfs.cli import main as cli
+from tests.waiting import until
 
-needs_fuse = pytest.mark.skipif(
-    not (os.access("/dev/fuse", os.R_OK | os.W_OK) and shutil.which("fusermount3")),
-    reason="needs /dev/fuse and fusermount3",
-)
+from .conftest import Run, needs_fuse
+
 pytestmark = needs_fuse
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def command(*args: object) -> None:
@@ -38,16 +33,6 @@ def mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     command("mount", root / "store", root / "mem")
     yield root / "mem"
     command("umount", root / "mem")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*args: object) -> tuple[int, str, str]:
-        status = cli.main([*map(str, args)])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 def from_json(run: Run, *args: object) -> Any:
@@ -73,14 +58,6 @@ def retitled(cube: Path, title: str) -> None:
 
 def title(cube: Path) -> str:
     return str(json.loads((cube / "meta.json").read_text())["descriptive"]["title"])
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 15
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-    return found
 
 
 def test_versions_are_listed(cube: Path, run: Run) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from memfs.filesystem.handles.handle import Handle
 from memfs.filesystem.link import Link
 from memfs.filesystem.tree import Tree
 from memfs.vault.store import HIDDEN_DIR, Store
+
+from ..waiting import until
 
 
 class Caller:
@@ -142,15 +143,6 @@ def forest(tmp_path: Path) -> Iterator[Forest]:
     until(lambda: forest.catalogue.cubes() is not None)
     yield forest
     forest.close()
-
-
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Waits for something that happens behind the operations."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-    return found
 
 
 def number_of(function: Callable[..., Any], *args: Any) -> str:

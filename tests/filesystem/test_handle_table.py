@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 
+import pytest
+
 from memfs.filesystem.handles.handle import Handle
 
 from .conftest import Forest
@@ -35,7 +37,10 @@ def test_pages_are_kept_while_the_file_is_the_same(forest: Forest) -> None:
     assert kept == [False, True, False, True]
 
 
-def test_pages_of_a_file_that_was_just_changed_are_not_kept(forest: Forest) -> None:
+def test_pages_of_a_file_that_was_just_changed_are_not_kept(
+    forest: Forest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memfs.vault.sig._TICK_NS", 3600 * 10**9)  # so that it is just now
     (forest.root / "file").write_bytes(b"one")
     for _ in range(2):
         number, handle = opened(forest, "file")

@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from memfs.config import Config
 from memfs.filesystem import registry
 from memfs.filesystem.mount import log_path
 from memfs.runtime.client import RuntimeClient, connect, stop
+
+from ..waiting import until
 
 pytest.register_assert_rewrite(f"{__package__}.desk")
 
@@ -38,9 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def memfs(*args: str | Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs the command; its environment may be added to."""
     command = [sys.executable, "-m", "memfs.cli.main", *map(str, args)]
-    return subprocess.run(
-        command, check=check, capture_output=True, text=True, env=os.environ | env, timeout=60
-    )
+    try:
+        return subprocess.run(
+            command, check=check, capture_output=True, text=True, env=os.environ | env, timeout=60
+        )
+    except subprocess.CalledProcessError as e:
+        e.add_note(e.stderr)
+        raise
 
 
 class Mount:
@@ -153,20 +159,19 @@ def ready(config: Config) -> Iterator[RuntimeClient]:
         yield client
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process does not move, as one that computes for ever."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def has_ended(pid: int) -> bool:
     """Whether a process is gone, or gone but for its parent's taking notice."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
-
-
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
-    """Waits for something that happens behind the operations; what it was in the end."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found or time.monotonic() > deadline:
-            assert found, "it did not happen in time"
-            return found
-        time.sleep(0.01)

@@ -23,7 +23,7 @@ from .conftest import Mount, memfs, mounted_at, until
 TEXT = "First line.\nSecond line, with ünïcödé.\n"
 OTHER = TEXT.replace("First", "Changed")
 
-SOON = 5.0
+SOON = 60.0
 """Seconds for what is to come to an end by itself."""
 
 

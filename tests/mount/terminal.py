@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SECONDS = 10.0
+SECONDS = 60.0
 """How long a program may take to show something. It is waited for, and no longer than needed."""
 
 

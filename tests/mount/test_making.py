@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from memfs.runtime.client import RuntimeClient
 
-from .conftest import Mount, mounted_at, until
+from .conftest import Mount, mounted_at, stopped, until
 from .kvmaker import kv_file
 
 TEXT = "The keeper of the light wrote down what the ships had passed, and when. " * 30
@@ -110,19 +110,6 @@ def test_the_state_of_a_kv_cache_is_known_without_a_runtime(
         assert mount.meta("law")["state"]["kv"]["state"] == "ready"
 
 
-class Stopped:
-    """A runtime that does not move: as one that computes, or loads, for ever."""
-
-    def __init__(self, client: RuntimeClient) -> None:
-        self._pid = client.call("status", timeout=10)["pid"]
-
-    def __enter__(self) -> None:
-        os.kill(self._pid, signal.SIGSTOP)
-
-    def __exit__(self, *_: object) -> None:
-        os.kill(self._pid, signal.SIGCONT)
-
-
 def timed(function: Any, *args: Any) -> float:
     start = time.monotonic()
     function(*args)
@@ -132,7 +119,7 @@ def timed(function: Any, *args: Any) -> float:
 def test_no_file_operation_waits_for_a_busy_runtime(linked: Mount, ready: RuntimeClient) -> None:
     cube = made(linked)
     other = linked.cube("other", TEXT)
-    with Stopped(ready):
+    with stopped(ready.call("status", timeout=60)["pid"]):
         readers = [
             subprocess.Popen(["cat", other / "kv.safetensors"], stdout=subprocess.PIPE)
             for _ in range(3)
@@ -149,10 +136,10 @@ def test_no_file_operation_waits_for_a_busy_runtime(linked: Mount, ready: Runtim
         assert timed(shutil.rmtree, linked.dir / "moved") < 1
         assert all(reader.poll() is None for reader in readers)
         readers[0].send_signal(signal.SIGTERM)
-        readers[0].wait(5)
+        readers[0].wait(60)
         readers[1].kill()
-        readers[1].wait(5)
-    readers[2].communicate(timeout=30)
+        readers[1].wait(60)
+    readers[2].communicate(timeout=60)
     for reader in readers[:2]:
         assert reader.stdout is not None
         reader.stdout.close()
@@ -169,7 +156,7 @@ def test_many_who_wait_leave_threads_for_others(linked: Mount, ready: RuntimeCli
         except OSError as e:
             results.append(e.strerror)
 
-    with Stopped(ready):
+    with stopped(ready.call("status", timeout=60)["pid"]):
         readers = [threading.Thread(target=read) for _ in range(50)]
         for reader in readers:
             reader.start()

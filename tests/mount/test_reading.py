@@ -20,9 +20,10 @@ import pytest
 from safetensors import safe_open
 
 from memfs.config import Config
+from memfs.errors import RuntimeUnavailable
 from memfs.runtime.client import RuntimeClient, connect, stop
 
-from .conftest import Mount, memfs, mounted_at, needs_root, until
+from .conftest import Mount, memfs, mounted_at, needs_root, stopped, until
 
 TEXT = "The keeper wrote that the wind had turned to the north. " * 40
 
@@ -306,23 +307,29 @@ def test_files_work_while_the_model_loads(
         cube = mount.cube("a", TEXT)
         reader = threading.Thread(target=read_all, args=(cube / "kv.safetensors",))
         reader.start()  # starts the runtime, and waits for it
-        until(lambda: mount.status()["runtime"] in ("starting", "loading", "ready"))
-        once = operations(mount)
-        times = []
-        while reader.is_alive():
-            times.append(slowest(once, 1)[1])
-        assert len(times) > 3, "the model was still loading"
-        assert max(times) < 2
+        with stopped(until(lambda: pid_of(config))):  # so that it loads for as long as this takes
+            _, longest = slowest(operations(mount), 5)
+            assert longest < 3
+            assert reader.is_alive(), "it waits for the KV cache"
+            assert not (mount.store / "a/kv.safetensors").exists()
+        reader.join(120)
         assert (mount.store / "a/kv.safetensors").exists()
+
+
+def pid_of(config: Config) -> int | None:
+    """The process of a model's runtime, once there is one."""
+    try:
+        with connect(config, start=False) as client:
+            return int(client.call("status", timeout=60)["pid"])
+    except RuntimeUnavailable:
+        return None
 
 
 def test_files_work_while_the_runtime_hangs(reading: Reading) -> None:
     mount, client = reading
     kv = encoded(mount, client, "a")
     unmade = mount.cube("b", TEXT) / "kv.safetensors"
-    pid = client.call("status")["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(client.call("status")["pid"]):
         threads = [
             threading.Thread(target=_ignoring_errors, args=(read_all, unmade)) for _ in range(40)
         ]
@@ -337,8 +344,6 @@ def test_files_work_while_the_runtime_hangs(reading: Reading) -> None:
         median, longest = slowest(with_reading, 20)
         assert longest < 3
         assert median < 0.5, "after one close that waited in vain the next do not"
-    finally:
-        os.kill(pid, signal.SIGCONT)
     for thread in threads:
         thread.join(timeout=60)
         assert not thread.is_alive()
@@ -355,17 +360,13 @@ def _ignoring_errors(function: Callable[..., Any], *args: Any) -> None:
 def test_a_waiting_reader_can_be_interrupted(reading: Reading) -> None:
     mount, client = reading
     unmade = mount.cube("b", TEXT) / "kv.safetensors"
-    pid = client.call("status")["pid"]
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(client.call("status")["pid"]):
         cat = subprocess.Popen(
             ["cat", unmade], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         time.sleep(0.5)
         cat.send_signal(signal.SIGTERM)
-        assert cat.wait(timeout=5) != 0
-    finally:
-        os.kill(pid, signal.SIGCONT)
+        assert cat.wait(timeout=60) != 0
 
 
 def test_killed_while_answering_the_files_work_and_the_next_question_too(

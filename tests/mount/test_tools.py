@@ -132,7 +132,7 @@ ADD = """
 @pytest.mark.parametrize("mode", ["delete", "wal"])
 def test_sqlite_with_several_writers(place: Path, mode: str) -> None:
     file = place / "base.db"
-    base = sqlite3.connect(file, isolation_level=None)
+    base = sqlite3.connect(file, timeout=60, isolation_level=None)
     assert base.execute(f"PRAGMA journal_mode={mode}").fetchone() == (mode,)
     base.execute("CREATE TABLE counter (count)")
     base.execute("INSERT INTO counter VALUES (0)")
@@ -305,7 +305,7 @@ def test_the_small_tools(both: Callable[..., str]) -> None:
         shred -u sorted; ln numbers other; ln -sr deep/er/installed here; readlink here
         cp --sparse=always zeros sparse; cmp zeros sparse
         cp --reflink=auto numbers again; cmp numbers again
-        tail -n1 -s 0.05 -F grows 2> /dev/null | head -n2 > followed & sleep 0.1
+        tail -n +1 -s 0.05 -F grows 2> /dev/null | head -n2 > followed & sleep 0.1
         echo a > grows; sleep 0.1; echo b >> grows; wait; cat followed
         find . -name 'part.*' -delete; find . -type f | sort | xargs -d '\\n' md5sum
         """
@@ -325,7 +325,9 @@ def test_flock_keeps_programs_apart(place: Path) -> None:
             done
         }
         add & add & add & wait; cat count
-        flock -n lock sleep 1 & sleep 0.2; flock -n lock true || echo busy; wait
+        flock lock sh -c 'touch held; while [ -e held ]; do sleep .05; done' &
+        until [ -e held ]; do sleep .05; done
+        flock -n lock true || echo busy; rm held; wait
         """,
         place,
     )
