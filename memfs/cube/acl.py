@@ -107,11 +107,14 @@ class Acl:
                 mask |= bits
         return Acl(self.owner, group, self.other, mask, named)
 
-    def meet(self, other: Acl, *, same_group: bool) -> Acl:
+    def meet(self, other: Acl, *, same_group: bool, owners: tuple[int, int] | None = None) -> Acl:
         """What both lists give, and where that cannot be told, less.
 
         Args:
             same_group: whether both are of files of one group: another one was everybody else.
+            owners: of the two files, where that is not one user. Then the file is to be another's,
+                and each of them has what the other list gives him by name; where it does not name
+                him, what both give his groups, or everybody, and no owner lacks.
         """
         lists = (self, other)
         groups = [acl.group & (7 if acl.mask is None else acl.mask) for acl in lists]
@@ -123,6 +126,15 @@ class Acl:
         }
         plain = (groups[0] & groups[1], self.other & other.other)
         group, rest = plain if same_group else (least[0] & least[1], least[0] & least[1])
+        if owners is not None:
+            both = self.owner & other.owner
+            group, rest = group & both, rest & both
+            named = {w: b & both if w.kind == "group" else b for w, b in named.items()}
+            for uid, mine, theirs in zip(owners, lists, reversed(given), strict=True):
+                owner = Who("user", uid)
+                named.pop(owner, None)
+                if owner in theirs:
+                    named[owner] = mine.owner & theirs[owner]
         mask = None
         if named:
             mask = group

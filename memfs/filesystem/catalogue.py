@@ -126,7 +126,7 @@ class Catalogue:
                 self._note_adoption(path, before, after, now)
             if _is_unread(after):
                 self.keeper.later(path)
-        self.history.changed(path, before, after)
+        self.history.changed(path, before, after, watched=True)
         if matters:
             self._changed(path)
 
@@ -275,7 +275,7 @@ class Catalogue:
         """A change was taken in that no operation told of."""
         path = change.path
         self._recent.pop(path, None)
-        self.history.changed(path, change.before, change.after)
+        self.history.changed(path, change.before, change.after, watched=False)
         if not change.matters:
             return
         self._freeze(change)

@@ -141,11 +141,30 @@ class Headers:
         """
         if self._guard.is_frozen(cube):
             raise self._governing.refuse(cube, "frozen")
+        if self._is_anothers(meta, context):
+            meta = metadata.as_copy(meta)
         _take(meta, {}, "state", metadata.LIVE["state"])
         meta["state"]["frozen"] = False
         if not self._governing.is_owner(cube, context):
             _take(meta, old or {}, "governance", ("access",))
         return metadata.render(meta)
+
+    def came_whole(self, cube: str, context: Context) -> None:
+        """A cube that was put together aside has got its place, and its header with it."""
+        with contextlib.suppress(InvalidMetadata, NotAllowed, FileNotFoundError):
+            meta = identity.read_meta(self._backing.store, cube)
+            if self._is_anothers(meta, context):
+                path, data = layout.join(cube, layout.META), metadata.as_copy(meta)
+                publish_bytes(self._backing.store, path, metadata.render(data), like=path)
+
+    def _is_anothers(self, meta: Meta, context: Context) -> bool:
+        """Whether an id that comes with a header is known as that of another user's cube.
+
+        Its past is his. What came with it is a copy, whether his cube lives or not.
+        """
+        newest = self._catalogue.history.newest(metadata.cube_id(meta))
+        own = (0, os.geteuid(), newest.owner if newest else context.uid)
+        return context.uid not in own
 
     def _before(self, cube: str) -> Meta | None:
         """The stored header; where an editor has renamed that away, what was last shown of it."""

@@ -307,6 +307,7 @@ class Names:
     def _tell(self, old: str, new: str, flags: int) -> None:
         if layout.is_temporary(old):  # what was put together aside has its place
             if stat.S_ISDIR(self._backing.status(new).st_mode):
+                self._headers.came_whole(new, self._context())
                 self._catalogue.touch(new, by=self._context())
             else:
                 self._touch(new, written=True)

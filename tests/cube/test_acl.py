@@ -135,15 +135,40 @@ def test_an_edit_reads_back_as_it_was_written(acl: Acl, wanted: dict[Who, int]) 
 NUMBERS = st.sampled_from([70000, 70001, 70002, 70003, 70004])
 
 
-@given(ACLS, ACLS, st.booleans(), NUMBERS, st.frozensets(NUMBERS), st.sampled_from([1, 2, 4]))
+@given(
+    ACLS,
+    ACLS,
+    st.tuples(NUMBERS, NUMBERS),
+    st.booleans(),
+    NUMBERS,
+    st.frozensets(NUMBERS),
+    st.sampled_from([1, 2, 4]),
+)
 def test_what_two_lists_give_neither_denies(
-    first: Acl, second: Acl, same_group: bool, uid: int, gids: frozenset[int], right: int
+    first: Acl,
+    second: Acl,
+    owners: tuple[int, int],
+    same_group: bool,
+    uid: int,
+    gids: frozenset[int],
+    right: int,
 ) -> None:
-    both = first.meet(second, same_group=same_group)
+    differ = owners[0] != owners[1]
+    both = first.meet(second, same_group=same_group, owners=owners if differ else None)
     groups = 70003, 70003 if same_group else 70004
-    if both.allows(uid, gids, 70000, groups[1], right):
-        assert first.allows(uid, gids, 70000, groups[0], right)
-        assert second.allows(uid, gids, 70000, groups[1], right)
+    if both.allows(uid, gids, 0 if differ else owners[1], groups[1], right):
+        assert first.allows(uid, gids, owners[0], groups[0], right)
+        assert second.allows(uid, gids, owners[1], groups[1], right)
+
+
+def test_who_owned_one_of_two_files_has_what_the_other_gives_him_by_name() -> None:
+    his, hers = Acl.of_mode(0o640), Acl(6, 0, 0, 4, {Who("user", 1): 4, Who("user", 3): 4})
+    both = his.meet(hers, same_group=False, owners=(1, 2))
+    assert both.allows(1, {1}, 0, 0, READ)
+    assert not both.allows(2, {2}, 0, 0, READ)
+    shared = Acl.of_mode(0o660).meet(Acl.of_mode(0o664), same_group=True, owners=(1, 2))
+    assert [shared.allows(uid, {9}, 0, 9, READ) for uid in (1, 2, 3)] == [True] * 3
+    assert not shared.allows(2, {2}, 0, 9, READ)
 
 
 @given(ACLS)

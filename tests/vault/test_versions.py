@@ -147,7 +147,7 @@ def test_a_move_and_an_end_are_versions_too(store: Store) -> None:
     assert moved.content == first.content
     shutil.rmtree(store.root / "law")
     assert look(store, "law", moved) is None
-    end = making.bury(store, moved)
+    end = making.bury(store, moved, None)
     assert (end.deleted, end.files, end.path) == (True, {}, "law")
     assert records.newest(store, ID) == end
     write(store, "one")

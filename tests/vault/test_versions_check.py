@@ -87,7 +87,7 @@ def test_beside_a_mount_what_is_unfinished_is_well(store: Store, version: Versio
 
 def test_a_deletion_and_the_mark_are_well(store: Store, version: Version) -> None:
     making.mark(store)
-    making.bury(store, version)
+    making.bury(store, version, None)
     assert list(problems(store)) == []
     counts: list[int] = []
     assert list(problems(store, progress=counts.append)) == []

@@ -32,8 +32,8 @@ from memfs.vault.sig import Sig
 from memfs.vault.store import Store
 from memfs.vault.versions import making, records
 from memfs.vault.versions.files import Unfinished
-from memfs.vault.versions.look import Present, look
-from memfs.vault.versions.records import Entry, Version
+from memfs.vault.versions.look import Present, look, parents_of
+from memfs.vault.versions.records import Entry, Parent, Version
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,8 @@ class Historian:
         """Whether the mount's end came before something was done."""
         self._newest: dict[str, Version | None] = {}
         self._looked_at: dict[str, tuple[Sig | None, ...]] = {}
+        self._last: dict[str, making.Last] = {}
+        """The rights of the cubes whose text has gone, by their ids, until that is settled."""
         self._directories: dict[str, tuple[str, int]] = {}
         """Path and inode of the cubes that were looked at, by their ids."""
         self._locks = [threading.RLock() for _ in range(_LOCKS)]
@@ -143,16 +145,21 @@ class Historian:
 
     # What others tell
 
-    def changed(self, path: str, before: CubeFacts | None, after: CubeFacts | None) -> None:
+    def changed(
+        self, path: str, before: CubeFacts | None, after: CubeFacts | None, *, watched: bool
+    ) -> None:
         """A cube was changed, or may have been: it has its version once this returns.
 
         Args:
             before: what was known of it; None for nothing.
             after: what is now; None where there is no cube.
+            watched: whether an operation did it, and ``before`` is what there was until then.
         """
         if not self.enabled:
             return
         old = before.id if before else None
+        if watched and before is not None and (after is None or after.payload_sig is None):
+            self._note_last(path, before)
         if after is None:
             self._looked_at.pop(path, None)
             if old is not None:
@@ -201,6 +208,7 @@ class Historian:
                 )
                 if version is not None:
                     self._note(version, previous)
+                self._last.pop(cube_id, None)
                 if len(self._directories) >= _KNOWN:
                     self._directories.clear()
                 self._directories[cube_id] = path, present.inode
@@ -230,7 +238,8 @@ class Historian:
         with self.lock(cube_id):
             newest = self.newest(cube_id)
             if newest is not None and not newest.deleted:
-                self._note(making.bury(self.store, newest), newest)
+                self._note(making.bury(self.store, newest, self._last.get(cube_id)), newest)
+            self._last.pop(cube_id, None)
         return True
 
     def complete(self, cube_id: str, stamp: str) -> None:
@@ -284,6 +293,20 @@ class Historian:
         if len(self._newest) >= _KNOWN:
             self._newest.clear()
         self._newest[cube_id] = version
+
+    def _note_last(self, path: str, before: CubeFacts) -> None:
+        """A text has gone: its rights are remembered, which may be less than in any version."""
+        newest = self.newest(before.id) if before.id and before.payload_sig else None
+        if newest is None:
+            return
+        parents = newest.parents
+        if path == newest.path:  # else it has just moved, and that version is still to be made
+            with contextlib.suppress(OSError):
+                parents = parents_of(self.store, path)
+        if len(self._last) >= _KNOWN:
+            self._last.clear()
+        text = Parent(before.uid, before.gid, before.mode & 0o7777, before.acl)
+        self._last[newest.cube_id] = making.Last(text, parents)
 
     def _take_over(self, old: str, new: str, path: str) -> None:
         """The cube at ``path`` has another id than before; or it is another cube."""

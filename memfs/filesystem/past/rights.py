@@ -1,10 +1,13 @@
-"""Who may read what was: by today's rights, less what was not given then.
+"""Who may read what was: those who could then, and can today.
 
-Used by ``tree``; any thread.
+Both count as they stand, owners included: whom a file belongs to today has by that no right to what
+it was. Root's mount reads every version, and must not read one for who only came by its place, or
+its id. Used by ``tree``; any thread.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from memfs.cube import layout
@@ -35,19 +38,35 @@ class Rights:
         acl = Acl.of_mode(then.mode) if then.acl is None else Acl.parse(bytes.fromhex(then.acl))
         return cls(then.uid, then.gid, acl)
 
+    @classmethod
+    def in_the_end(cls, burial: Version, *, directory: bool) -> Rights:
+        """Those that a cube's directory, or its text, had when it was deleted."""
+        end = burial.parents[-1]
+        return cls.recorded(end if directory else burial.last or end)
+
     def and_now(self, store: Store, *places: str) -> Rights:
         """These as far as today's give them too: those of the first place where there is something.
 
-        The owner and the group are today's; where there is nothing, all is as it was.
+        Where there is nothing, all is as it was.
         """
         for path in places:
             try:
                 now = Rights.of(store, path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            acl = self.acl.meet(now.acl, same_group=self.gid == now.gid)
-            return Rights(now.uid, now.gid, acl)
+            return self.within(now)
         return self
+
+    def within(self, now: Rights) -> Rights:
+        """What these give and later ones, too. The group is the later.
+
+        Where there was another owner, neither is one any more, and the file is shown as root's. The
+        mount's own user stays the owner: he has the files of the versions on the disk as well, and
+        may have moved the store to a machine that knows him by another number.
+        """
+        owners = None if self.uid == now.uid else (self.uid, now.uid)
+        acl = self.acl.meet(now.acl, same_group=self.gid == now.gid, owners=owners)
+        return Rights(now.uid if now.uid in (self.uid, os.geteuid()) else 0, now.gid, acl)
 
     def allow(self, caller: Caller, wanted: int) -> bool:
         """Whether they give a user who is not root all of READ, WRITE, SEARCH that is wanted."""
@@ -68,7 +87,8 @@ def may_read(store: Store, caller: Caller, newest: Version) -> bool:
         if newest.deleted:
             ways = zip(newest.parents, above, strict=True)
             rights = [Rights.recorded(parent).and_now(store, path) for parent, path in ways]
-            return all(right.allow(caller, SEARCH) for right in rights)
+            text = Rights.in_the_end(newest, directory=False)
+            return all(r.allow(caller, SEARCH) for r in rights) and text.allow(caller, READ)
         if not all(Rights.of(store, path).allow(caller, SEARCH) for path in above):
             return False
         return Rights.of(store, layout.join(newest.path, layout.PAYLOAD)).allow(caller, READ)

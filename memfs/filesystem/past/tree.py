@@ -8,10 +8,10 @@ on a disk that is mounted read-only, whatever the modes say; so ``cp -a`` brings
 | ``CUBE/.versions/TIME/`` | a version of the cube: its files as they were |
 | ``.memfs/at/TIME/PATH/`` | the cube that was at that path when that time ended, deleted or not |
 
-A version may be read by those who may read the cube now and could read it then: owner, group and
-mode are today's, less what was not given then. Through ``at`` a cube can be reached by a path that
-is not its own any more, so the way to where it is now is checked for the caller as well. Where a
-cube is gone, the modes that were recorded count. Used by the tree; any thread.
+A version may be read by those who may read the cube now and could read it then (``rights``).
+Through ``at`` a cube can be reached by a path that is not its own any more, so the way to where it
+is now is checked for the caller as well. Where a cube is gone, the rights that it had in the end
+take the place of today's. Used by the tree; any thread.
 """
 
 from __future__ import annotations
@@ -158,8 +158,7 @@ class Past:
             if not self._may_read(version):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
             newest = self._catalogue.history.newest(version.cube_id)
-            live = newest.path if newest is not None and not newest.deleted else ""
-            node = self._in_version(path, version, live, below)
+            node = self._in_version(path, version, newest or version, below)
             children = moment.children(inner) if not below else ()
             if not children:
                 return node
@@ -171,22 +170,24 @@ class Past:
         rights = Rights.recorded(moment.parent(inner)).and_now(self._store, inner)
         return _directory(path, rights, records.moment_of(moment.stamp).timestamp(), listed)
 
-    def _in_version(self, path: str, version: Version, live: str, rest: list[str]) -> Node:
-        """A version's directory, or something in it; ``live`` is where the cube is now, or ""."""
+    def _in_version(self, path: str, version: Version, now: str | Version, rest: list[str]) -> Node:
+        """A version's directory, or something in it.
+
+        Args:
+            now: where the cube is; where it may be gone, its newest version.
+        """
         when = records.moment_of(version.stamp).timestamp()
         kept = {name: entry for name, entry in version.files.items() if entry.kept}
         name = "/".join(rest)
         if name in kept:
-            rights = self._rights(version, name, live)
+            rights = self._rights(version, name, now)
             stored = f"{version.directory}/{name}"
             return _file(path, rights, kept[name].size, kept[name].mtime_ns, stored=stored)
         if name == DESCRIPTION:  # it has the text's digest, and is for who may read that
-            rights = self._rights(version, layout.PAYLOAD, live)
+            rights = self._rights(version, layout.PAYLOAD, now)
             data = self._store.read(f"{version.directory}/{name}", records.MAX_DESCRIPTION)
             return _file(path, rights, len(data), int(when * 1e9), data=data)
-        rights = Rights.recorded(version.parents[-1])
-        if live:
-            rights = rights.and_now(self._store, live)
+        rights = self._rights(version, "", now)
         holders = {layout.split(file)[0] for file in version.files} - {""}
         if name and name not in holders:
             raise _missing(path)
@@ -196,10 +197,13 @@ class Past:
             listed += [(holder, stat.S_IFDIR) for holder in holders]
         return _directory(path, rights, when, sorted(listed))
 
-    def _rights(self, version: Version, name: str, live: str) -> Rights:
+    def _rights(self, version: Version, name: str, now: str | Version) -> Rights:
         """Those of a file of a version; where it has no such file, those of its directory."""
         rights = Rights.recorded(version.files.get(name) or version.parents[-1])
-        return rights.and_now(self._store, *_places(live, name)) if live else rights
+        if isinstance(now, Version) and now.deleted:
+            return rights.within(Rights.in_the_end(now, directory=not name))
+        cube = now.path if isinstance(now, Version) else now
+        return rights.and_now(self._store, *(_places(cube, name) if name else [cube]))
 
     def _may_read(self, version: Version) -> bool:
         context = self._context()
@@ -257,8 +261,12 @@ def _missing(path: str) -> FileNotFoundError:
 
 
 def _places(cube: str, name: str) -> tuple[str, ...]:
-    """The files of a living cube whose rights are those of a file: it, the text, the directory."""
-    return layout.join(cube, name), layout.join(cube, layout.PAYLOAD), cube
+    """Whose rights are those of a file of a living cube: the first of them that is there.
+
+    Without its text a cube's header still has the rights that the text had.
+    """
+    names = (name, layout.PAYLOAD, layout.META)
+    return (*(layout.join(cube, each) for each in names), cube)
 
 
 def _directory(

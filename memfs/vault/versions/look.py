@@ -77,7 +77,13 @@ def look(store: Store, path: str, previous: Version | None) -> Present | None:
     origin = meta.get("descriptive", {}).get("origin", {})
     known = meta.get("behavioural", {}).get("versions", ())
     return Present(
-        path, inode, files, meaning, _parents(store, path), origin.get("copied_from"), tuple(known)
+        path,
+        inode,
+        files,
+        meaning,
+        parents_of(store, path),
+        origin.get("copied_from"),
+        tuple(known),
     )
 
 
@@ -182,7 +188,8 @@ def _hex(acl: bytes | None) -> str | None:
     return None if acl is None else acl.hex()
 
 
-def _parents(store: Store, path: str) -> tuple[Parent, ...]:
+def parents_of(store: Store, path: str) -> tuple[Parent, ...]:
+    """The rights of the directories from the store's root to a cube's own. Raises OSError."""
     parts = path.split("/")
     above = ["", *("/".join(parts[: i + 1]) for i in range(len(parts)))]
     found = [(store.stat(directory), acl_bytes(store, directory)) for directory in above]

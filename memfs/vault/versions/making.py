@@ -17,6 +17,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from memfs.cube import layout
 from memfs.vault.publish import publish_bytes, write_all
@@ -24,7 +25,7 @@ from memfs.vault.store import Store, give_to_owner
 from memfs.vault.versions import records
 from memfs.vault.versions.files import NEW, clear, completed, keep
 from memfs.vault.versions.look import Present, content_of, event_for
-from memfs.vault.versions.records import CHAIN, DESCRIPTION, Entry, Link, Version
+from memfs.vault.versions.records import CHAIN, DESCRIPTION, Entry, Link, Parent, Version
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -32,6 +33,14 @@ UNSETTLED = "unsettled"
 """The name of the note beside the cubes' directories that says that a mount makes versions."""
 
 Finish = Callable[[Version], None]
+
+
+class Last(NamedTuple):
+    """Rights of a cube whose text has just gone."""
+
+    text: Parent
+    parents: tuple[Parent, ...]
+    """As in ``Version``."""
 
 
 def make(
@@ -83,12 +92,27 @@ def make(
     return version
 
 
-def bury(store: Store, previous: Version) -> Version:
-    """Records that a cube is gone: a version without files. Raises OSError."""
+def bury(store: Store, previous: Version, last: Last | None) -> Version:
+    """Records that a cube is gone: a version without files. Raises OSError.
+
+    Args:
+        last: the rights that were seen last. Where its end was not seen, they may have become less
+            than any version tells, and are taken to have been its owner's alone.
+    """
+    if last is None:
+        then = previous.files.get(layout.PAYLOAD) or previous.parents[-1]
+        last = Last(Parent(then.uid, then.gid, then.mode & 0o700), previous.parents)
     with _making(store, previous.cube_id) as (_, finish):
         stamp = records.stamp_after(previous.stamp)
         version = replace(
-            previous, stamp=stamp, event=records.DELETED, files={}, meaning=None, origin=None
+            previous,
+            stamp=stamp,
+            event=records.DELETED,
+            files={},
+            meaning=None,
+            parents=last.parents,
+            origin=None,
+            last=last.text,
         )
         finish(version)
     return version

@@ -70,7 +70,7 @@ class Entry:
 
 
 class Parent(NamedTuple):
-    """The rights that a directory had, as in ``Entry``."""
+    """The rights that a directory, or a text, had, as in ``Entry``."""
 
     uid: int
     gid: int
@@ -109,6 +109,13 @@ class Version:
     """The version that a restored one is equal to; the id of the cube that a copy was made of."""
     chain: tuple[Link, ...] = ()
     """The contents it had, oldest first, its own last."""
+    last: Parent | None = None
+    """Of a deletion: the rights that the text had in the end, of which no version tells."""
+
+    @property
+    def owner(self) -> int:
+        """The user whose text it was; without a text, whose directory."""
+        return (self.last or self.files.get(layout.PAYLOAD) or self.parents[-1]).uid
 
     @property
     def deleted(self) -> bool:
@@ -143,6 +150,7 @@ class Version:
             "meaning": self.meaning,
             "files": {name: entry.__dict__ for name, entry in self.files.items()},
             "parents": self.parents,
+            "last": self.last,
             "chain": [(link.stamp, link.content, link.payload_sha256) for link in self.chain],
         }
 
@@ -229,6 +237,7 @@ def parse(cube_id: str, stamp: str, raw: bytes) -> Version:
             tuple(Parent(*parent) for parent in data["parents"]),
             data["origin"],
             tuple(Link(*link) for link in data["chain"]),
+            Parent(*data["last"]) if data.get("last") else None,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise VersionDamaged(f"{cube_id}/{stamp}: {DESCRIPTION}: {e!r}") from e
