@@ -3,7 +3,8 @@
 Of a living cube: every version for a day, the last of each hour for a week, the last of each day
 for a month, the last of each week after that; and the newest, always. Of a deleted cube: the same,
 until it has been gone for a month. Where all versions of a store together take more than the budget
-the oldest go first, whosever they are, but never the newest of a living cube.
+the oldest go first, whosever they are, but never the newest of a living cube. Likewise where they
+leave too little of the disk free: whoever writes to it goes before what was.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ HOURLY = timedelta(days=7)
 DAILY = timedelta(days=31)
 GONE = timedelta(days=30)
 """How long a deleted cube can be brought back."""
+FREE_SHARE, FREE_MOST = 20, 1 << 30
+"""Versions leave a twentieth of the disk free, but no more than so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,19 @@ def expired(times: Sequence[datetime], now: datetime, *, deleted: bool) -> list[
     return [time for time in times if time not in kept]
 
 
-def over_budget(held: Iterable[Held], budget: int) -> list[Held]:
-    """The versions that have to go, oldest first, for the rest to take no more than ``budget``.
+def room(free: int, disk: int) -> int:
+    """By how many bytes versions may grow; where it is less than nothing they have to shrink.
+
+    Args:
+        free: bytes of the disk.
+        disk: all of its bytes.
+    """
+    return free - min(disk // FREE_SHARE, FREE_MOST)
+
+
+def over_budget(held: Iterable[Held], budget: int, room: int) -> list[Held]:
+    """The versions that have to go, oldest first, for the rest to take no more than ``budget``,
+    and than there is ``room`` for.
 
     The newest of living cubes stay, and may take more than that by themselves.
     """
@@ -55,6 +69,7 @@ def over_budget(held: Iterable[Held], budget: int) -> list[Held]:
     size = {number: count for version in ordered for number, count in version.blocks.items()}
     users = Counter(number for version in ordered for number in version.blocks)
     total, going = sum(size.values()), []
+    budget = min(budget, total + room)
     for version in ordered:
         if total <= budget:
             break

@@ -155,6 +155,37 @@ def test_the_index_catches_up_when_there_is_room(mount: Mount, disk: Path) -> No
     assert len(created) == len(set(created))
 
 
+def test_versions_give_way_before_the_disk_is_full(mount: Mount, disk: Path) -> None:
+    """On a disk that is smaller than their budget, which is 10 GiB."""
+    cube = mount.cube("law", "The law.\n")
+    other = mount.cube("other", "Another.\n")
+    text = ""
+    for number in range(200):
+        text = f"{number} " * 20_000
+        (cube / "payload.md").write_text(text)
+        until(lambda: os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 256 << 10)
+    stamps = sorted(os.listdir(cube / ".versions"))
+    assert 1 < len(stamps) < 100
+    assert (cube / ".versions" / stamps[-1] / "payload.md").read_text() == text
+    assert len(os.listdir(other / ".versions")) == 1
+    require_sound(mount)
+
+
+def test_versions_give_way_to_what_others_write(mount: Mount, disk: Path) -> None:
+    cube = mount.cube("law", "The law.\n")
+    for number in range(8):
+        (cube / "payload.md").write_text(f"{number} " * 100_000)
+    with full(disk, FREE):
+        before = set(os.listdir(cube / ".versions"))
+        (cube / "payload.md").write_text("Shorter.\n")
+        until(lambda: os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 256 << 10)
+        after = set(os.listdir(cube / ".versions"))
+        assert after - before
+        assert before - after
+        assert (cube / ".versions" / max(after) / "payload.md").read_text() == "Shorter.\n"
+    require_sound(mount)
+
+
 def fsck_of(mount: Mount) -> list[dict[str, str]]:
     said: dict[str, list[dict[str, str]]] = json.loads(
         memfs("fsck", "--json", mount.store, check=False).stdout

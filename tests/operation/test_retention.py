@@ -7,7 +7,16 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfs.operation.retention import DAILY, EVERYTHING, GONE, HOURLY, Held, expired, over_budget
+from memfs.operation.retention import (
+    DAILY,
+    EVERYTHING,
+    GONE,
+    HOURLY,
+    Held,
+    expired,
+    over_budget,
+    room,
+)
 
 NOW = datetime(2026, 11, 22, 10, 42, tzinfo=UTC)
 ages = st.lists(
@@ -90,12 +99,21 @@ def taken(versions: list[Held]) -> int:
     return sum({n: size for v in versions for n, size in v.blocks.items()}.values())
 
 
-@given(held, st.integers(0, 400))
-def test_the_budget_is_kept_and_no_more_goes_than_must(versions: list[Held], budget: int) -> None:
-    going = over_budget(versions, budget)
+@given(held, st.integers(0, 400), st.integers(-400, 400))
+def test_the_budget_is_kept_and_no_more_goes_than_must(
+    versions: list[Held], budget: int, room: int
+) -> None:
+    allowed = min(budget, taken(versions) + room)
+    going = over_budget(versions, budget, room)
     rest = [version for version in versions if version not in going]
     assert not any(version.protected for version in going)
-    assert taken(rest) <= budget or all(version.protected for version in rest)
+    assert taken(rest) <= allowed or all(version.protected for version in rest)
     assert [v.stamp for v in going] == sorted(v.stamp for v in going)
     if going:
-        assert taken([*rest, going[-1]]) > budget
+        assert taken([*rest, going[-1]]) > allowed
+
+
+def test_a_twentieth_of_the_disk_is_left_free_at_most_a_gibibyte() -> None:
+    assert room(free=1000, disk=8000) == 600
+    assert room(free=100, disk=8000) == -300
+    assert room(free=1 << 30, disk=1 << 40) == 0

@@ -14,6 +14,7 @@ the disk says that everything has to be compared then. ``changed`` and ``moved``
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -218,6 +219,7 @@ class Historian:
             self._settle_later(path, cube_id)  # it is being changed right now
         except OSError as e:
             log.warning("%s has no version of what it holds now: %s", path, e)
+            self._make_room(e)
             self._settle_later(path, cube_id, RETRY_S)
         else:
             return True
@@ -251,6 +253,7 @@ class Historian:
             return
         except (OSError, NotAllowed) as e:
             log.warning("the version %s of %s is not a copy yet: %s", stamp, cube_id, e)
+            self._make_room(e)
             self._complete_later(cube_id, stamp, RETRY_S)
             return
         with self.lock(cube_id):
@@ -282,12 +285,20 @@ class Historian:
             for name, entry in version.files.items()
             if entry.kept and (name not in known or known[name].content != entry.content)
         )
-        if self._written > self.budget // 20:
-            self._written = 0
-            self._after(0, self._upkeep.prune, "over budget")
+        if self._written > min(self.budget, self._upkeep.room()) // 20:
+            self._prune_now()
         self._after(FLUSH_S, self._flush, "flush")
         if making.is_wanting(version):
             self._complete_later(version.cube_id, version.stamp, 0)
+
+    def _make_room(self, error: Exception) -> None:
+        """Where the disk is full: other versions may go before it is tried again."""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            self._prune_now()
+
+    def _prune_now(self) -> None:
+        self._written = 0
+        self._after(0, self._upkeep.prune, "over budget")
 
     def _remember(self, cube_id: str, version: Version | None) -> None:
         if len(self._newest) >= _KNOWN:

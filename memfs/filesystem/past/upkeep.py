@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -95,9 +96,14 @@ class Upkeep:
             with self._historian.lock(cube_id):
                 held += self._pruned(cube_id, now)
             self._breathe()
-        for version in retention.over_budget(held, self._historian.budget):
+        for version in retention.over_budget(held, self._historian.budget, self.room()):
             self._historian.remove(version.cube_id, version.stamp)
             self._breathe()
+
+    def room(self) -> int:
+        """By how many bytes versions may grow before the disk is too full."""
+        found = os.fstatvfs(self._store.fd)
+        return retention.room(found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize)
 
     def _pruned(self, cube_id: str, now: datetime) -> list[retention.Held]:
         """A cube's versions, less those that are not kept any longer."""
