@@ -12,14 +12,13 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 
 from memfs.cube import layout
 from memfs.errors import NotAllowed
 from memfs.vault.rights import acl_bytes, write_acl
-from memfs.vault.store import Store
+from memfs.vault.store import Store, remove_tree
 from memfs.vault.xattrs import copy_own
 
 Like = str | os.stat_result
@@ -54,7 +53,8 @@ def publishing(
             if replace:
                 copy_own(directory, name, fd)
             if like is not None:
-                _make_like(fd, *_rights_of(store, like))
+                found, acl = _rights_of(store, like)
+                dress(fd, found.st_uid, found.st_gid, found.st_mode & 0o666, acl)
             os.fsync(fd)
             if replace:
                 os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -124,18 +124,6 @@ def remove_leftover(store: Store, path: str, before: float) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def incoming(store: Store, below: str) -> Iterator[str]:
-    """The path of a directory to put cubes or files together in; what is left in it goes."""
-    name = layout.INCOMING + secrets.token_hex(8)
-    with store.opened(below) as parent:
-        os.mkdir(name, 0o700, dir_fd=parent)
-        try:
-            yield layout.join(below, name)
-        finally:
-            shutil.rmtree(name, ignore_errors=True, dir_fd=parent)  # else the next mount does it
-
-
 def _remove_incoming(store: Store, path: str, before: float) -> bool:
     """Whoever fills such a directory holds the store's lock, or writes through its mount: neither
     is there any more when a mount begins."""
@@ -144,7 +132,7 @@ def _remove_incoming(store: Store, path: str, before: float) -> bool:
         return False
     parent, name = layout.split(path)
     with store.opened(parent) as directory:
-        shutil.rmtree(name, dir_fd=directory)
+        remove_tree(directory, name)
     return True
 
 
@@ -171,19 +159,19 @@ def _rights_of(store: Store, like: Like) -> tuple[os.stat_result, bytes | None]:
     return found, acl_bytes(store, like) if stat.S_ISREG(found.st_mode) else None
 
 
-def _make_like(fd: int, like: os.stat_result, acl: bytes | None) -> None:
-    """Owner, group and mode; rights that the wanted group had go to no other group."""
+def dress(fd: int, uid: int, gid: int, mode: int, acl: bytes | None) -> None:
+    """Gives an open file or directory owner, group, mode and access list, as far as this process
+    may: rights that the wanted group had go to no other group."""
     write_acl(fd, acl)  # also away with what the directory gives every new file
-    mode = like.st_mode & 0o666
     found = os.fstat(fd)
-    if (found.st_uid, found.st_gid) != (like.st_uid, like.st_gid):
+    if (found.st_uid, found.st_gid) != (uid, gid):
         try:
-            os.fchown(fd, like.st_uid, like.st_gid)
+            os.fchown(fd, uid, gid)
         except PermissionError:
             try:
-                os.fchown(fd, -1, like.st_gid)
+                os.fchown(fd, -1, gid)
             except PermissionError:
-                mode &= 0o606
+                mode &= ~stat.S_IRWXG
     os.fchmod(fd, mode)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,6 +227,33 @@ def give_to_owner(store: Store, fd: int) -> None:
     if os.geteuid() == 0:
         owner = os.fstat(store.fd)
         os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
+def remove_tree(directory: int, name: str) -> None:
+    """Removes what is below a name in an open directory, and that; what is read-only there, too.
+
+    Raises OSError where something cannot be removed.
+    """
+    _open_up(directory, name)
+    try:
+        for _, below, _, fd in os.fwalk(name, dir_fd=directory):
+            for inner in below:
+                _open_up(fd, inner)
+        shutil.rmtree(name, dir_fd=directory)
+    except RecursionError:
+        raise OSError(errno.ENAMETOOLONG, "too deep to be removed", name) from None
+
+
+def _open_up(parent: int, name: str) -> None:
+    """Lets the owner of a directory into it, and take things out of it."""
+    with contextlib.suppress(OSError):  # another's, or a symlink
+        fd = os.open(name, _STEP, dir_fd=parent)
+        try:
+            mode = stat.S_IMODE(os.fstat(fd).st_mode)
+            if mode & stat.S_IRWXU != stat.S_IRWXU:
+                os.chmod(f"/proc/self/fd/{fd}", mode | stat.S_IRWXU)
+        finally:
+            os.close(fd)
 
 
 def open_regular_at(parent: int, name: str, flags: int = os.O_RDONLY, *, shown: str = "") -> int:

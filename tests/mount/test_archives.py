@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from memfs.cube import metadata
+from memfs.cube import layout, metadata
 from memfs.vault.archive.check import check
 from memfs.vault.archive.load import load, plan
 from memfs.vault.store import Store
-from tests.users import open_way
+from memfs.vault.versions import records
+from memfs.vault.versions.records import Version
+from memfs.vault.versions.restore import restore
+from tests.users import as_user, open_way
 
 from .conftest import Mount, memfs, mounted_at, needs_root, until
 from .kvmaker import kv_file
 
 NOBODY = 65534
+OTHERS = ("-o", "allow_other")
 TEXT = "The text of a cube that travels.\n"
 
 
@@ -134,7 +139,7 @@ def test_a_frozen_cube_travels_frozen(
 def test_who_loads_owns(tmp_path: Path, archive: Path) -> None:
     open_way(tmp_path)
     (tmp_path / "other").mkdir()
-    with mounted_at(tmp_path / "other", "-o", "allow_other") as other:
+    with mounted_at(tmp_path / "other", *OTHERS) as other:
         opened, closed = other.dir / "open", other.dir / "closed"
         opened.mkdir()
         closed.mkdir()
@@ -209,3 +214,57 @@ def test_killed_at_any_moment_a_load_leaves_whole_cubes_or_none(
         return [name for names in found for name in names if name.startswith(".memfs-tmp-")]
 
     until(lambda: not left())
+
+
+@needs_root
+def test_read_only_directories_travel_and_come_back_through_a_mount(
+    public: Path, tmp_path: Path
+) -> None:
+    """For somebody who is not root: a cube in a cube, both read-only, loaded and restored."""
+    names = ("law/inner", "law")
+    with mounted_at(tmp_path) as source:
+        for name in reversed(names):
+            source.cube(name, TEXT)
+        for name in names:
+            (source.dir / name).chmod(0o555)
+        memfs("dump", source.dir / "law", source.dir / "law/inner", "-o", public / "both.tar")
+    with open(public / "both.tar", "rb") as archive, mounted_at(public, *OTHERS) as mount:
+        checked = check(archive.fileno())
+        until(mount.has_index)
+        (mount.dir / "to").mkdir()
+        os.chown(mount.dir / "to", NOBODY, NOBODY)
+
+        def loaded() -> None:
+            with Store.open(mount.dir, create_control=False) as store:
+                places = plan(store, "to", checked.cubes, name=None, force=False)
+                load(archive.fileno(), checked, store, "to", places, lambda done: None)
+
+        def modes() -> dict[str, tuple[int, int]]:
+            status = {name: (mount.store / "to" / name).stat() for name in names}
+            return {name: (s.st_uid, s.st_mode & 0o777) for name, s in status.items()}
+
+        as_user(NOBODY, loaded)
+        assert modes() == dict.fromkeys(names, (NOBODY, 0o555))
+        as_user(NOBODY, lambda: (mount.dir / "to/law/inner/payload.md").write_text("Another.\n"))
+        cube_id = mount.meta("to/law/inner")["descriptive"]["id"]
+        shutil.rmtree(mount.dir / "to/law")
+        with Store.open(mount.store) as store:
+
+            def newest() -> Version:
+                version = records.newest(store, cube_id)
+                assert version is not None
+                return version
+
+            until(lambda: newest().deleted)
+            version = records.read(store, cube_id, records.stamps(store, cube_id)[-2])
+        path = "to/law/inner"
+
+        def restored() -> None:
+            with Store.open(mount.dir, create_control=False) as store:
+                restore(store, f"{layout.AT}/{version.stamp}/{path}", version, path)
+
+        as_user(NOBODY, restored)
+        assert modes() == dict.fromkeys(names, (NOBODY, 0o555))
+        assert (mount.dir / path / "payload.md").read_text() == "Another.\n"
+        found = [name for _, below, _ in os.walk(mount.store) for name in below]
+        assert not [name for name in found if layout.is_temporary(name)]

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,6 +222,30 @@ def test_a_made_kv_cache_is_flushed_before_it_is_put_in_place(
         with traced(pid, tmp_path) as calls:
             kv(cube).read_bytes()
         require_order(calls(), kv(mount.store / "law"))
+
+
+@needs_strace
+def test_a_deleted_cube_is_flushed_before_it_is_put_in_place(tmp_path: Path) -> None:
+    """Its files, its directories, and the collections that are made again on its way."""
+    with mounted_at(tmp_path) as mount:
+        cube = mount.cube("work/law")
+        (cube / "adapter").mkdir()
+        (cube / "adapter/adapter_config.json").write_text("{}")
+        (cube / "adapter/adapter_model.safetensors").write_bytes(kv_file(b"x"))
+        shutil.rmtree(mount.dir / "work")
+    place, log = mount.store / "work/law", tmp_path / "strace.log"
+    tracer = ["strace", "-f", "-y", "-s0", "-e", f"trace={CALLS}", "-o", log]
+    command = [sys.executable, "-m", "memfs.cli.main", "restore", place]
+    subprocess.run([*tracer, *command], check=True, capture_output=True)
+    calls = parsed(log.read_text())
+    (rename,) = [c for c in calls if c.name.startswith("rename") and c.files[1] == str(place)]
+    flushed = {Path(c.files[0]) for c in calls if c.name == "fsync" and c.ended < rename.began}
+    staged, files = Path(rename.files[0]), [path for path in place.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert {staged / path.relative_to(place) for path in files} <= flushed
+    assert {staged, staged / "adapter", mount.store} <= flushed
+    after = [c for c in calls if c.name == "fsync" and c.began > rename.ended]
+    assert any(c.files == (str(place.parent),) for c in after)
 
 
 @contextlib.contextmanager

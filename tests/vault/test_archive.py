@@ -27,6 +27,7 @@ from memfs.vault.archive.contents import MANIFEST, SIGNATURE, SUMS
 from memfs.vault.archive.dump import Choice, Dump, Source
 from memfs.vault.archive.load import load, plan
 from memfs.vault.store import Store
+from tests.users import as_user, needs_root
 
 WHEN = 1_700_000_000_123_456_789
 
@@ -86,9 +87,11 @@ def checked(data: bytes, where: Path) -> Checked:
         return check(file.fileno())
 
 
-def loaded(data: bytes, store: Store, below: str = "", **options: Any) -> None:
+def loaded(
+    data: bytes, store: Store, below: str = "", archive: Path | None = None, **options: Any
+) -> None:
     """Checks and loads an archive."""
-    with open(store.root.parent / "archive.tar", "wb+") as file:
+    with open(archive or store.root.parent / "archive.tar", "wb+") as file:
         file.write(data)
         file.flush()
         found = check(file.fileno())
@@ -554,6 +557,7 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "versions": (lambda g: Forged(g).rename("law", "a/.versions").bytes(), "memfs's own"),
     "long name": (lambda g: Forged(g).rename("law", "a" * 256).bytes(), "more than 255 bytes"),
     "long path": (lambda g: Forged(g).rename("law", "a/" * 1100 + "b").bytes(), "longer than"),
+    "deep path": (lambda g: Forged(g).rename("law", "a/" * 200 + "b").bytes(), "names deep"),
     "line end in a name": (
         lambda g: Forged(g).rename("law", "a\nb").bytes(),
         "control character|not a digest",
@@ -811,6 +815,60 @@ def test_a_name_that_is_taken(store: Store, empty: Store) -> None:
     after = tree(empty.root)
     assert {n: v for n, v in after.items() if not n.startswith("second")} == before
     assert (empty.root / "second/law/payload.md").read_text() == "Some text.\n"
+
+
+@needs_root
+def test_read_only_directories_travel_and_are_replaced(store: Store, public: Path) -> None:
+    """By somebody who is not root, who may move and remove only what he may write."""
+    make_cube(store.root, "law/inner")
+    both = {"law/adapter": 0o555, "law/inner": 0o100, "law": 0o555}
+    for name, mode in both.items():
+        (store.root / name).chmod(mode)
+    data, one = dumped(store, "law", "law/inner", "work/alpha/notes"), dumped(store, "law")
+    for name in ("first", "second"):
+        (public / name).mkdir()
+        os.chown(public / name, 1234, 1234)
+
+    def body() -> None:
+        with Store.open(public / "first") as first:
+            loaded(data, first)
+        with Store.open(public / "second") as second:
+            loaded(one, second)
+            (public / "second/law").chmod(0o755)
+            (public / "second/law/more").write_text("x")
+            (public / "second/law").chmod(0o555)
+            loaded(one, second, force=True)
+
+    public.chmod(0o777)
+    as_user(1234, body)
+    for name, mode in both.items():
+        assert stat.S_IMODE((public / "first" / name).stat().st_mode) == mode
+    assert (public / "first/law/inner/payload.md").exists()
+    assert sorted(os.listdir(public / "second")) == [".memfs", "law"]
+    del both["law/inner"]
+    for name, mode in both.items():
+        assert stat.S_IMODE((public / "second" / name).stat().st_mode) == mode
+    assert "more" not in os.listdir(public / "second/law")
+
+
+@needs_root
+def test_a_replacement_that_fails_leaves_the_old_one_as_it_was(store: Store, public: Path) -> None:
+    """The collection that it is in is another's."""
+    data = dumped(store, "work/alpha/notes")
+    with Store.open(public) as other:
+        loaded(data, other)
+        for path in (public, public / "work/alpha/notes"):
+            os.chown(path, 1234, 1234)
+        (public / "work/alpha/notes").chmod(0o555)
+        before = tree(public)
+
+        def body() -> None:
+            with Store.open(public, create_control=False) as other, pytest.raises(PermissionError):
+                loaded(data, other, force=True, archive=public.parent / f"{public.name}.tar")
+
+        as_user(1234, body)
+    (public.parent / f"{public.name}.tar").unlink()
+    assert tree(public) == before
 
 
 def test_what_is_not_replaced(store: Store, empty: Store) -> None:

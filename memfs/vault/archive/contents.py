@@ -45,6 +45,8 @@ MAX_NAME = 255
 """Bytes of one name, as filesystems have it."""
 MAX_PATH = 2048
 """Bytes of a path in an archive: there must be room for where it is loaded."""
+MAX_DEPTH = 200
+"""Names in a path: what walks directories takes a step deeper for each."""
 MAX_TIME_NS = 1 << 63
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -110,6 +112,8 @@ def wrong_with(path: str) -> str | None:
         return "has a control character or a backslash in it"
     if len(raw) > MAX_PATH:
         return f"is longer than {MAX_PATH} bytes"
+    if path.count("/") >= MAX_DEPTH:
+        return f"is more than {MAX_DEPTH} names deep"
     return None
 
 

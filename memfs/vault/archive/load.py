@@ -22,11 +22,10 @@ from memfs.errors import BadArchive, InvalidRequest, NotAllowed, NotFound
 from memfs.vault.archive.check import CHUNK, Checked, File
 from memfs.vault.archive.contents import PackedCube, wrong_with
 from memfs.vault.frozen import Frozen
-from memfs.vault.publish import incoming, write_all
-from memfs.vault.rename import RENAME_EXCHANGE, renameat2
+from memfs.vault.publish import write_all
+from memfs.vault.staging import close_up, incoming, movable, put, way
 from memfs.vault.store import Store
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SLACK = 1 << 20
 """Bytes to be free beyond those of the files: directories take some."""
 
@@ -113,8 +112,7 @@ def load(
         staged = [layout.join(aside, str(number)) for number in range(len(places))]
         for path, place in zip(staged, places, strict=True):
             writer.write(path, place.cube, checked.files[place.cube.path])
-        for path, place in zip(staged, places, strict=True):
-            _publish(store, path, place)
+        _publish(store, staged, places)
 
 
 class _Writer:
@@ -140,8 +138,7 @@ class _Writer:
             if entry.size is None:
                 inner = layout.join(path, entry.name) if entry.name else path
                 with self._store.opened(inner) as directory:
-                    # The cube itself must be one that its owner can move.
-                    os.fchmod(directory, entry.mode if entry.name else entry.mode | stat.S_IRWXU)
+                    os.fchmod(directory, entry.mode if entry.name else movable(entry.mode))
                     os.utime(directory, ns=(entry.mtime_ns, entry.mtime_ns))
                     os.fsync(directory)
 
@@ -168,37 +165,49 @@ class _Writer:
             os.close(fd)
 
 
-def _publish(store: Store, staged: str, place: Place) -> None:
-    """Renames a cube to its place, the collections on its way made."""
-    aside, name = layout.split(staged)
-    parent, last = layout.split(place.path)
-    _make(store, parent)
-    with store.opened(aside) as source, store.opened(parent) as target:
-        if place.replaces:
-            renameat2(source, name, target, last, RENAME_EXCHANGE)
-        else:
-            try:
-                # Onto a directory with something in it, or a file, it fails.
-                os.rename(name, last, src_dir_fd=source, dst_dir_fd=target)
-            except OSError as e:
-                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                raise InvalidRequest(f"{place.path} has come to be there meanwhile") from None
-        mode = place.cube.entries[0].mode
-        if mode & stat.S_IRWXU != stat.S_IRWXU:
-            os.chmod(last, mode, dir_fd=target)
-        os.fsync(target)
+def _publish(store: Store, staged: Sequence[str], places: Sequence[Place]) -> None:
+    """Renames cubes to their places; each gets its own mode when those that lie in it are there."""
+    moved: list[tuple[Place, int]] = []
+    try:
+        for path, place in zip(staged, places, strict=True):
+            while moved and not place.path.startswith(f"{moved[-1][0].path}/"):
+                _close(*moved.pop())
+            mode = place.cube.entries[0].mode
+            if mode != movable(mode):
+                moved.append((place, store.open_dir(path)))
+            with way(store, place.path):
+                _exchange(store, path, place) if place.replaces else _put(store, path, place)
+    finally:
+        while moved:
+            _close(*moved.pop())
 
 
-def _make(store: Store, path: str) -> None:
-    """Makes a collection and those above it, where they are missing."""
-    parent, name = layout.split(path)
-    if not path or _status(store, path) is not None:
-        return
-    _make(store, parent)
-    with store.opened(parent) as directory:
-        os.mkdir(name, dir_fd=directory)
-        os.fsync(directory)
+def _close(place: Place, fd: int) -> None:
+    try:
+        close_up(fd, place.cube.entries[0].mode)
+    finally:
+        os.close(fd)
+
+
+def _put(store: Store, staged: str, place: Place) -> None:
+    try:
+        put(store, staged, place.path)  # onto a directory with something in it, or a file, it fails
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise InvalidRequest(f"{place.path} has come to be there meanwhile") from None
+
+
+def _exchange(store: Store, staged: str, place: Place) -> None:
+    with store.opened(place.path) as old:
+        mode = stat.S_IMODE(os.fstat(old).st_mode)
+        if mode != movable(mode):
+            os.fchmod(old, movable(mode))
+        try:
+            put(store, staged, place.path, exchange=True)
+        except BaseException:
+            close_up(old, mode)
+            raise
 
 
 def _require_way(store: Store, path: str) -> None:

@@ -8,16 +8,14 @@ gone comes back whole, as it was, by a rename. Used by ``memfs restore``; any th
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
 
 from memfs.cube import layout, metadata
 from memfs.cube.metadata import Meta
-from memfs.errors import InvalidMetadata, InvalidRequest, NotAllowed
-from memfs.vault import rights
+from memfs.errors import InvalidMetadata, InvalidRequest, NotAllowed, VersionDamaged
 from memfs.vault.identity import read_meta
-from memfs.vault.publish import incoming, sync_directory, write_all
+from memfs.vault.publish import dress, sync_directory, write_all
+from memfs.vault.staging import incoming, is_directory, movable, new_directory, put, way
 from memfs.vault.store import Store
 from memfs.vault.versions.look import Present, look
 from memfs.vault.versions.records import Entry, Parent, Version
@@ -74,14 +72,17 @@ def restore(store: Store, source: str, version: Version, path: str) -> list[str]
     Raises:
         InvalidRequest: a file of the version was not kept.
         NotAllowed: something on the way is no directory.
+        VersionDamaged: it does not say whose the cube was.
         OSError: it cannot be written; where the cube was gone, nothing is there.
     """
+    if not version.parents:
+        raise VersionDamaged(f"{version.cube_id}/{version.stamp}: it has no parents")
     present = look(store, path, None)
     names = differing(store, source, version, present)
     for name in names:
         if name in version.files and not version.files[name].kept:
             raise InvalidRequest(f"{name} of that version was too large to be kept")
-    if _is_there(store, path):
+    if is_directory(store, path):
         _put_back(store, source, version, present, path, names)
     else:
         _bring_back(store, source, version, path)
@@ -112,6 +113,7 @@ def _put_back(
     names: list[str],
 ) -> None:
     """File by file, each by a rename."""
+    rights = (present or version).parents[-1]
     with incoming(store, path) as aside:
         staged = {}
         for number, name in enumerate(name for name in names if name in version.files):
@@ -122,37 +124,48 @@ def _put_back(
             _write(store, f"{source}/{name}", staged[name], like, data, keep_time=keep_time)
         # The text before the header, so that the last step makes the version that is asked for.
         for name in sorted(staged, key=lambda name: name == layout.META):
-            parent = layout.split(f"{path}/{name}")[0]
-            if not _is_there(store, parent):
-                _make_directory(store, parent, 0o777)
-            _rename(store, staged[name], f"{path}/{name}")
+            with way(store, f"{path}/{name}", lambda _: rights):  # the cube's, for adapter/
+                put(store, staged[name], f"{path}/{name}")
     for name in names:
         if name not in version.files:
             parent, last = layout.split(f"{path}/{name}")
             with store.opened(parent) as directory:
                 os.unlink(last, dir_fd=directory)
+                sync_directory(directory)
 
 
 def _bring_back(store: Store, source: str, version: Version, path: str) -> None:
     """Put together beside its place, and renamed."""
-    parent, _ = layout.split(path)
-    parts = parent.split("/") if parent else []
-    for depth in range(len(parts)):
-        above = "/".join(parts[: depth + 1])
-        if not _is_there(store, above):
-            recorded = version.path == path
-            _make_directory(store, above, version.parents[depth + 1].mode if recorded else 0o777)
-    with incoming(store, parent) as aside:
-        staged = f"{aside}/0"
-        _make_directory(store, staged, 0o700)
-        for name, entry in version.files.items():
-            holder = layout.split(f"{staged}/{name}")[0]
-            if not _is_there(store, holder):
-                _make_directory(store, holder, version.parents[-1].mode)
-            _write(store, f"{source}/{name}", f"{staged}/{name}", entry, None, keep_time=True)
-        with store.opened(staged) as directory:
-            _dress(directory, version.parents[-1])
-        _rename(store, staged, path)
+    rights = version.parents[-1]
+    staged: dict[str, dict[str, Entry]] = {"": {}, layout.ADAPTER: {}}
+    for name, entry in version.files.items():
+        staged[layout.split(name)[0]][name] = entry
+    with (
+        way(store, path, lambda above: _recorded(version, path, above)),
+        incoming(store, layout.split(path)[0]) as aside,
+        new_directory(store, f"{aside}/0", rights) as cube,
+    ):
+        if staged[layout.ADAPTER]:
+            with new_directory(store, f"{aside}/0/{layout.ADAPTER}", rights) as adapter:
+                _fill(store, source, staged[layout.ADAPTER], f"{aside}/0", adapter)
+        _fill(store, source, staged[""], f"{aside}/0", cube)
+        put(store, f"{aside}/0", path)
+
+
+def _fill(store: Store, source: str, files: dict[str, Entry], cube: str, directory: int) -> None:
+    """Copies files of one directory of a version, and flushes that directory."""
+    for name, entry in files.items():
+        _write(store, f"{source}/{name}", f"{cube}/{name}", entry, None, keep_time=True)
+    sync_directory(directory)
+
+
+def _recorded(version: Version, path: str, above: str) -> Parent:
+    """Whose rights a collection gets that has to be made again; where it is not known which it
+    had, those of the cube."""
+    depth = above.count("/") + 1
+    if version.path == path and depth < len(version.parents):
+        return version.parents[depth]
+    return version.parents[-1]._replace(mode=movable(version.parents[-1].mode))
 
 
 def _header(store: Store, source: str, path: str) -> bytes:
@@ -196,7 +209,9 @@ def _write(
             else:
                 while part := os.read(read, _BLOCK):
                     write_all(fd, part)
-            _dress(fd, like)
+            acl = None if like.acl is None else bytes.fromhex(like.acl)
+            # Without the set-uid bit, which anybody might have written into a description.
+            dress(fd, like.uid, like.gid, like.mode & 0o777, acl)
             if keep_time:
                 found = os.fstat(read)
                 os.utime(fd, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -207,42 +222,9 @@ def _write(
         os.close(fd)
 
 
-def _dress(fd: int, like: Entry | Parent) -> None:
-    """The owner, as far as this process may give files away, the mode and the access list."""
-    with contextlib.suppress(PermissionError):
-        os.fchown(fd, like.uid, like.gid)
-    os.fchmod(fd, like.mode)
-    if like.acl is not None:
-        rights.write_acl(fd, bytes.fromhex(like.acl))
-
-
-def _rename(store: Store, old: str, new: str) -> None:
-    (holder, name), (parent, last) = layout.split(old), layout.split(new)
-    with store.opened(holder) as source, store.opened(parent) as target:
-        os.rename(name, last, src_dir_fd=source, dst_dir_fd=target)
-        sync_directory(target)
-
-
-def _make_directory(store: Store, path: str, mode: int) -> None:
-    parent, name = layout.split(path)
-    with store.opened(parent) as directory:
-        os.mkdir(name, mode, dir_fd=directory)
-
-
 def _exists(store: Store, path: str) -> bool:
     try:
         store.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return True
-
-
-def _is_there(store: Store, path: str) -> bool:
-    """Whether there is a directory. Raises NotAllowed where there is something else."""
-    try:
-        found = store.stat(path)
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISDIR(found.st_mode):
-        raise NotAllowed(f"{path} is not a directory")
     return True
