@@ -213,7 +213,7 @@ class _Callbacks(mfusepy.Operations):
         self._opened(self.tree.opening.create(path[1:], mode, fi.flags), fi)
 
     def _opened(self, handle: Handle, fi: Any) -> None:
-        fi.fh, passed = self._handles.add(handle)
+        fi.fh, passed = self.tree.opened(handle)
         fi.direct_io = handle.direct_io
         fi.keep_cache = handle.keep_cache
         if _VERSION >= (3, 11):

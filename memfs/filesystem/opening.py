@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from memfs.cube import layout
 from memfs.cube.layout import Role
@@ -60,6 +62,9 @@ class Opening:
         self._past = past
         self._guard = guard
         self._context = context
+        self._staging = threading.Lock()
+        self._staged: WeakValueDictionary[str, Staged] = WeakValueDictionary()
+        """The last one of each path, which is not among the open files at once."""
 
     def open(self, path: str, flags: int) -> Handle:
         """Opens a file that is there, or that is shown to be."""
@@ -126,9 +131,14 @@ class Opening:
 
     def open_staged(self, path: str, role: Role) -> Staged:
         """Opens a file to be written beside its place, together with who does so already."""
-        for handle in self._handles.on(path):
-            if isinstance(handle, Staged) and handle.share():
-                return handle
+        with self._staging:
+            for handle in (*self._handles.on(path), self._staged.get(path)):
+                if isinstance(handle, Staged) and handle.path == path and handle.share():
+                    return handle
+            new = self._staged[path] = self._new_staged(path, role)
+            return new
+
+    def _new_staged(self, path: str, role: Role) -> Staged:
         context = self._context()
         if role is not Role.META:
             return Staged(path, self._backing, context, self.written, self._guard.require_writable)

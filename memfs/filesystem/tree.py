@@ -27,8 +27,9 @@ from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.context import Context, creates, likely_creates
 from memfs.filesystem.control import Control, ControlDirectory, MountFacts
 from memfs.filesystem.guard import Guard
-from memfs.filesystem.handles.handle import Handle, OpenDirectory
+from memfs.filesystem.handles.handle import Handle, OpenDirectory, OpenFile
 from memfs.filesystem.handles.making import Makers
+from memfs.filesystem.handles.passthrough import Passed
 from memfs.filesystem.handles.reading import Reading
 from memfs.filesystem.header import Headers
 from memfs.filesystem.link import Link
@@ -120,6 +121,15 @@ class Tree:
         """What ``fstat`` answers, where the open file says it; else its path is to be asked."""
         found = self.handles.get(number).status()
         return None if found is None else self._links_counted(found, self.handles.is_hidden(number))
+
+    def opened(self, handle: Handle) -> tuple[int, Passed | None]:
+        """The number of a newly opened file, and what the kernel is to read instead of asking."""
+        added = self.handles.add(handle)
+        # A freeze tells the files that are open; one that came before this line did not tell it.
+        writes = isinstance(handle, OpenFile) and not handle.passes
+        if writes and handle.path is not None and self._guard.is_frozen(handle.path):
+            handle.frozen = True
+        return added
 
     def release(self, number: int) -> None:
         """Closes an open file or directory for good."""

@@ -81,7 +81,7 @@ class Forest:
         return self.added(self.tree.opening.create(path, mode, flags))
 
     def added(self, handle: Handle) -> tuple[int, Handle]:
-        return self.tree.handles.add(handle)[0], handle
+        return self.tree.opened(handle)[0], handle
 
     def closed(self, number: int) -> None:
         """What the kernel does for a last ``close``."""

@@ -348,6 +348,37 @@ def test_before_there_is_an_index_everything_works(tmp_path: Path) -> None:
         forest.close()
 
 
+def test_two_who_open_at_once_share_what_they_write(forest: Forest) -> None:
+    """The second one comes before the first is among the open files."""
+    cube(forest)
+    for path in ("law/kv.safetensors", "law/meta.json"):
+        forest.write("law/kv.safetensors", b"before")
+        first = forest.tree.opening.open(path, os.O_RDWR)
+        second = forest.tree.opening.open(path, os.O_RDWR)
+        assert second is first
+        numbers = [forest.added(handle)[0] for handle in (first, second)]
+        forest.closed(numbers[0])
+        forest.closed(numbers[1])
+        number, third = forest.opened(path, os.O_RDWR)
+        assert third is not first
+        forest.closed(number)
+
+
+def test_a_freeze_while_a_file_is_opened_reaches_it(forest: Forest) -> None:
+    cube(forest)
+    forest.write("law/notes", b"notes")
+    names = ("law/payload.md", "law/notes")
+    opening = [forest.tree.opening.open(name, os.O_RDWR) for name in names]
+    header = meta(forest, "law")
+    header["state"]["frozen"] = True
+    forest.write("law/meta.json", json.dumps(header).encode())
+    for handle in opening:
+        number, _ = forest.added(handle)
+        assert number_of(handle.write, memoryview(bytearray(b"x")), 0) == "EPERM"
+        forest.closed(number)
+    assert (forest.root / "law/notes").read_bytes() == b"notes"
+
+
 def test_usage_is_counted_and_shown(forest: Forest) -> None:
     cube(forest)
     forest.catalogue.count("law", reads=2)
