@@ -6,8 +6,9 @@ and its parts; pure, but for the name of the program, which is looked up. Any th
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from memfs.cube import access_list
@@ -19,29 +20,66 @@ Event = dict[str, Any]
 
 
 REPEATED_SECONDS = 1.0
-_KEPT = 4096
+DENIALS, WITHIN_SECONDS = 1000, 3600.0
+"""How many denials of one user are told of in an hour; the trail keeps some 200,000 events."""
+_USERS = 64
+"""More of them in an hour are taken for one: a program may have thousands of user ids."""
+
+
+class _Told:
+    """What was told of a user in this hour."""
+
+    def __init__(self, now: float) -> None:
+        self.since = now
+        self.count = 0
+        self.more = 0
+        self.last: dict[tuple[object, ...], float] = {}
 
 
 class Denials:
-    """Denials that were told of lately. One that repeats is told of once a second: the trail keeps
-    so many events, and nobody shall be able to drive the others out of it.
+    """Which denials the trail is told of: one that repeats once a second, and so many of a user.
+
+    Otherwise anybody could drive all else out of it in a minute, by being denied one file after
+    another. Any thread.
     """
 
-    def __init__(self) -> None:
-        self._told: dict[tuple[object, ...], float] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._users: dict[object, _Told] = {}
+        self._lock = threading.Lock()
 
-    def repeats(self, event: Event) -> bool:
-        """Whether an event is a denial that has just been told of; if not, it is now."""
+    def is_told(self, event: Event) -> bool:
+        """Whether the trail is told of an event, which may be no denial."""
         if event.get("event") != "denied":
-            return False
-        key = tuple(event.get(name) for name in ("uid", "path", "right", "reason"))
-        now = time.monotonic()
-        if now - self._told.get(key, -REPEATED_SECONDS) < REPEATED_SECONDS:
             return True
-        if len(self._told) >= _KEPT:
-            self._told.clear()
-        self._told[key] = now
-        return False
+        key = tuple(event.get(name) for name in ("path", "right", "reason"))
+        now, user = self._clock(), event.get("uid")
+        with self._lock:
+            if len(self._users) >= _USERS and user not in self._users:
+                user = None
+            told = self._users.setdefault(user, _Told(now))
+            if now - told.last.get(key, -REPEATED_SECONDS) < REPEATED_SECONDS:
+                return False
+            if told.count >= DENIALS:
+                told.more += 1
+                return False
+            told.count += 1
+            told.last[key] = now
+            return True
+
+    def left_out(self, *, ending: bool = False) -> Iterator[Event]:
+        """What the trail is to say of users whose hour is over: how often they were denied more."""
+        if not self._users:
+            return
+        now = self._clock()
+        with self._lock:
+            over = [u for u, t in self._users.items() if ending or now - t.since > WITHIN_SECONDS]
+            told = {user: self._users.pop(user) for user in over}
+        for user, counted in told.items():
+            if counted.more:
+                who = "others" if user is None else f"uid {user}"
+                what = f"{counted.more} more denials of {who} within the hour are not told of"
+                yield {"event": "trail", "what": what}
 
 
 def changes(path: str, before: CubeFacts | None, after: CubeFacts | None) -> Iterator[Event]:

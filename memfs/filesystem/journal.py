@@ -58,6 +58,8 @@ class Journal:
         """Closes it."""
         trail, self._trail = self._trail, None
         if trail is not None:
+            for event in self._denials.left_out(ending=True):
+                trail.append(event)
             trail.close()
 
     def log(self, event: dict[str, Any]) -> None:
@@ -65,7 +67,11 @@ class Journal:
         if event.get("event") == "refused":
             self.refusals.append({"time": rfc3339(), **event})
         trail = self._trail
-        if trail is not None and not self._denials.repeats(event):
+        if trail is None:
+            return
+        for counted in self._denials.left_out():
+            trail.append(counted)
+        if self._denials.is_told(event):
             trail.append(event)
 
     def events(self) -> Iterator[dict[str, Any]]:
