@@ -188,7 +188,9 @@ class Control:
         refusals = list(self._catalogue.journal.refusals)
         mounted = [line for line in runtime["mounted"] if line["store"] == self._mount.store]
         if uid is not None:
-            mounted = [line for line in mounted if uid in line.get("sessions", ())]
+            mounted = [line | {"sessions": [uid]} for line in mounted if uid in line["sessions"]]
+            runtime = {name: value for name, value in runtime.items() if name != "encoding"}
+            runtime |= {"used_bytes": sum(line["bytes"] or 0 for line in mounted)}
             refusals = [refusal for refusal in refusals if refusal.get("uid") == uid]
         return runtime | {
             "runtime": state.phase,

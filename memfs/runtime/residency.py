@@ -95,9 +95,10 @@ class Residency(Generic[T]):
                 going.append(entry)
                 missing -= entry.value.nbytes
         if missing > 0:
+            # Not how much is: whose it is, is not known here, nor who will read this.
             raise OverBudget(
-                f"{nbytes} bytes are wanted; of a budget of {self.budget_bytes} bytes "
-                f"{sum(e.value.nbytes for e in self if e.pinned or e.users)} are pinned or in use"
+                f"{nbytes} bytes are wanted; too much of the budget of {self.budget_bytes} bytes "
+                "is pinned or in use"
             )
         for entry in going:
             self.remove(entry.key)

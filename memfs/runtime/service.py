@@ -123,7 +123,7 @@ class Service:
         if caller is not None and mounted is not None:
             lines = await mounted.lines_for(caller)
             refusals = [refusal for refusal in refusals if refusal["uid"] == caller.uid]
-        return {
+        status = {
             "pid": os.getpid(),
             "state": self.state,
             "error": str(self.failure) if self.failure else None,
@@ -136,13 +136,13 @@ class Service:
             "mounted": lines,
             "refusals": refusals,
             "budget_bytes": self.config.budget_bytes,
-            "used_bytes": mounted.residency.used_bytes if mounted else 0,
-            "encoding": len(self._encodings),
+            "used_bytes": sum(line["bytes"] for line in lines),
             "shared": self.config.shared or None,
             "uptime_s": time.monotonic() - self._started,
             "load_s": self._load_seconds,
             "since_start_s": self._since_start,
         }
+        return status if caller else status | {"encoding": len(self._encodings)}
 
     async def mount(self, caller: Caller, cube: Cube, kind: str, pin: bool) -> dict[str, Any]:
         """Puts a cube's KV cache into the model and the caller's session."""

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from memfs.config import Config
 from memfs.errors import RuntimeUnavailable
 from memfs.runtime.client import RuntimeClient, connect, stop
+from tests.users import as_user
 
 from .conftest import Mount, memfs, mounted_at, needs_root, stopped, until
 
@@ -267,6 +268,14 @@ def test_another_user_has_a_session_of_its_own(reading: Reading, tmp_path: Path)
     assert [line["sessions"] for line in lines if line["store"] == str(mount.store)] == [[4321]]
     assert as_other(private) == 7
     assert in_model(client, mount) == {"a"}
+    for file in (kv, private):
+        read_all(file)
+    until(lambda: in_model(client, mount) == {"a", "private"})
+    told = as_user(4321, mount.status)
+    (line,) = told["mounted"]
+    assert (line["cube"], line["sessions"]) == ("a", [4321])
+    assert told["used_bytes"] == line["bytes"] < mount.status()["used_bytes"]
+    assert "encoding" not in told
 
 
 # The model never stands in the way of the files.

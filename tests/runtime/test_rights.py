@@ -303,6 +303,8 @@ def test_status_hides_what_others_may_not_know(shared: Config, shop: Shop) -> No
     def lines(uid: int) -> dict[str, list[int]]:
         status = request(shared, uid, "status")
         assert "secret" not in json.dumps(status) or uid == ANN
+        assert status["used_bytes"] == sum(line["bytes"] for line in status["mounted"])
+        assert "encoding" not in status
         return {
             line["cube"]: line["sessions"]
             for line in status["mounted"]
@@ -314,6 +316,11 @@ def test_status_hides_what_others_may_not_know(shared: Config, shop: Shop) -> No
     request(shared, BEN, "mount", **known)
     assert lines(BEN) == {"known": [BEN]}
     assert lines(ANN)["known"] == [ANN]
+    known_bytes, all_bytes = (
+        sum(line["bytes"] for line in request(shared, uid, "status")["mounted"]) for uid in (BEN, 0)
+    )
+    assert known_bytes < all_bytes == request(shared, 0, "status")["used_bytes"]
+    assert request(shared, 0, "status")["encoding"] == 0
 
 
 def test_what_a_store_tells_is_its_owners(shared: Config, shop: Shop) -> None:
@@ -466,8 +473,14 @@ def test_nothing_is_made_for_a_frozen_cube(shared: Config, shop: Shop) -> None:
     request(shared, ANN, "mount", **cube)
     assert how(question(shared, ANN, cube)) == ["kv"]
     for uid in (ANN, 0):
-        with pytest.raises(NotAllowed, match="frozen"):
-            request(shared, uid, "encode", **cube, force=True)
+        with RuntimeClient(shared_socket_path(shared, 0), served_by=0) as client:
+            told = client.stream("subscribe", store=str(shop.root))
+            assert next(told)["event"] == "state"
+            with pytest.raises(NotAllowed, match="frozen"):
+                request(shared, uid, "encode", **cube, force=True)
+            event = next(told)
+        assert (event["event"], event["uid"], event["right"]) == ("denied", uid, "promote")
+        assert "frozen" in event["reason"]
     assert shop.digest("a") == kept
     shop.kv("a").unlink()
     with pytest.raises(NotAllowed, match="frozen"):
