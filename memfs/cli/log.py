@@ -79,16 +79,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     place = _place(args.place)
-    with Store.open(Path(place.root), create_control=False) as store:
-        if args.verify:
-            return _verify(store, as_json=args.json)
-        found: Iterable[Event] = _chosen(_events(store, place.mountpoint), args, place.path)
-        if args.n is not None:
-            found = deque(found, maxlen=max(args.n, 0))
-        if args.json:
-            output.print_json({"store": place.root, "events": list(found)})
-            return 0
-        _print(found)
+    if args.verify:
+        return _verify(place.root, as_json=args.json)
+    found: Iterable[Event] = _chosen(_events(place), args, place.path)
+    if args.n is not None:
+        found = deque(found, maxlen=max(args.n, 0))
+    if args.json:
+        output.print_json({"store": place.root, "events": list(found)})
+        return 0
+    _print(found)
     return 0
 
 
@@ -110,15 +109,16 @@ def _place(given: str | None) -> Place:
     raise NotFound(f"{given} is in no mount and no store; see memfs status")
 
 
-def _events(store: Store, mountpoint: str | None) -> Iterator[Event]:
+def _events(place: Place) -> Iterator[Event]:
     """From the files, for who may read them; else from the mount, which says what it may."""
     try:
-        yield from records.events(store)
+        with Store.open(Path(place.root), create_control=False) as store:
+            yield from records.events(store)
         return
     except PermissionError:
-        if mountpoint is None:
-            raise NotAllowed(f"the trail of {store.root} is its owner's") from None
-    with open(os.path.join(mountpoint, layout.CONTROL, "events"), encoding="ascii") as file:
+        if place.mountpoint is None:
+            raise NotAllowed(f"the trail of {place.root} is its owner's") from None
+    with open(os.path.join(place.mountpoint, layout.CONTROL, "events"), encoding="ascii") as file:
         for line in file:
             event = json.loads(line)
             yield event | {"time": datetime.fromisoformat(event["time"]).timestamp()}
@@ -188,18 +188,19 @@ def _value(value: object) -> str:
     return text[:_DIGESTS] + "…" if len(text) == 64 else text
 
 
-def _verify(store: Store, *, as_json: bool) -> int:
+def _verify(root: str, *, as_json: bool) -> int:
     try:
-        problems = list(records.problems(store))
-        lines, last = 0, records.START
-        for event in records.events(store):
-            lines, last = lines + 1, records.Link(event["seq"], event["hash"])
+        with Store.open(Path(root), create_control=False) as store:
+            problems = list(records.problems(store))
+            lines, last = 0, records.START
+            for event in records.events(store):
+                lines, last = lines + 1, records.Link(event["seq"], event["hash"])
     except PermissionError:
-        raise NotAllowed(f"the trail of {store.root} is its owner's, who verifies it") from None
+        raise NotAllowed(f"the trail of {root} is its owner's, who verifies it") from None
     if as_json:
         output.print_json(
             {
-                "store": str(store.root),
+                "store": root,
                 "lines": lines,
                 "last": last._asdict(),
                 "problems": [{"path": p.path, "what": p.what} for p in problems],

@@ -78,8 +78,11 @@ def cube(given: str) -> Target:
     else:
         root, path = _in_a_store(given)
         model, shown = None, given
+    # Through the mount, as far as there is one: where the store lies need not be open to whoever
+    # asks. Nor need a mount be, which root is not let into where it is another's.
+    tops = [root] if place is None else [place[0].mountpoint, root]
     for candidate in (path, layout.split(path)[0], layout.split(layout.split(path)[0])[0]):
-        if candidate and _is_cube(os.path.join(root, candidate)):
+        if candidate and any(_is_cube(os.path.join(top, candidate)) for top in tops):
             return Target(given, root, candidate, model)
     raise NotACube(shown)
 
@@ -122,7 +125,11 @@ def _in_a_mount(given: str) -> tuple[registry.MountRecord, str] | None:
     """The running mount that has something of this name, where the path itself is nothing."""
     if os.path.lexists(given) or os.path.isabs(given):
         return None
-    found = [r for r in registry.running() if os.path.lexists(os.path.join(r.store, given))]
+    found = [
+        r
+        for r in registry.running()
+        if any(os.path.lexists(os.path.join(top, given)) for top in (r.mountpoint, r.store))
+    ]
     return (found[0], os.path.normpath(given)) if len(found) == 1 else None
 
 
