@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from memfs.cube import layout
 from memfs.vault.publish import sync_directory
+from memfs.vault.rename import RENAME_NOREPLACE, renameat2
 from memfs.vault.store import Store, give_to_owner
 
 ASIDE_DIR = f"{layout.CONTROL}/aside"
@@ -40,6 +41,13 @@ class Aside:
             sync_directory(destination)
             sync_directory(source)
         return layout.join(holder, name_there)
+
+    def take_back(self, place: str, path: str) -> None:
+        """Moves what ``put`` gave the place of to where it was, if nothing else is there now."""
+        (holder, name), (parent, last) = layout.split(place), layout.split(path)
+        with self._store.opened(holder) as source, self._store.opened(parent) as destination:
+            renameat2(source, name, destination, last, RENAME_NOREPLACE)
+            sync_directory(destination)
 
     def _make(self, path: str) -> None:
         """Makes a directory, and those above that are missing, for the store's owner."""

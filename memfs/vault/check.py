@@ -219,8 +219,14 @@ class FileCheck:
 
     def _replace_header(self, cube: str, facts: CubeFacts) -> Callable[[], str]:
         def mend() -> str:
-            moved = self._aside.put(layout.join(cube, layout.META))
-            return f"set aside as {moved}; {self._write_header(cube, facts)()}"
+            path = layout.join(cube, layout.META)
+            moved = self._aside.put(path)
+            try:
+                written = self._write_header(cube, facts)()
+            except (OSError, MemfsError):
+                self._aside.take_back(moved, path)
+                raise
+            return f"set aside as {moved}; {written}"
 
         return mend
 

@@ -213,6 +213,23 @@ def test_a_full_disk_is_mounted_and_read(disk: Path, tmp_path: Path) -> None:
         until(lambda: mount.status()["index"] == {"cubes": 1, "reason": None}, 20)
 
 
+def test_a_repair_without_room_leaves_the_broken_header(disk: Path, tmp_path: Path) -> None:
+    with mounted_at(tmp_path) as mount:
+        mount.cube("law", "The law.\n")
+        cube_id = mount.meta("law")["descriptive"]["id"]
+    header = disk / "law/meta.json"
+    header.write_text("{ bad")
+    (disk / ".memfs/aside").mkdir()
+    with full(disk):
+        said = json.loads(memfs("fsck", "--repair", "--json", disk, check=False).stdout)
+        (problem,) = [p for p in said["problems"] if p["path"] == "law/meta.json"]
+        assert problem["mended"] is None
+        assert header.read_text() == "{ bad"
+        assert [path for path in (disk / ".memfs/aside").rglob("*") if path.is_file()] == []
+    memfs("fsck", "--repair", disk)
+    assert json.loads(header.read_text())["descriptive"]["id"] == cube_id
+
+
 def test_an_encode_says_that_the_disk_is_full(
     disk: Path,
     tmp_path: Path,
