@@ -81,7 +81,8 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     """Ends the mount at a directory, and waits until its process is gone.
 
     Raises:
-        MountFailed: there is none, or it is in use (with who uses it).
+        MountFailed: there is none, or it is in use (with who uses it), also where only processes
+            in another mount namespace can still see it.
     """
     record = registry.at(mountpoint)
     if record is None:
@@ -91,6 +92,11 @@ def umount(mountpoint: str, *, lazy: bool = False) -> None:
     if problem is not None:
         users = _users(record.mountpoint)
         raise MountFailed(f"{mountpoint}: {problem}" + (f"; used by {users}" if users else ""))
+    if record.alive and not lazy and (elsewhere := registry.seen_by(record.store)):
+        raise MountFailed(
+            f"{mountpoint} is unmounted here, but goes on in another mount namespace, which took it"
+            f" over when it began: that of {', '.join(map(_named, elsewhere[:8]))}"
+        )
     deadline = time.monotonic() + ENDING_SECONDS
     while record.alive and not lazy and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -211,10 +217,17 @@ def _users(mountpoint: str) -> str:
             with contextlib.suppress(OSError):
                 target = os.readlink(link)
                 if target == mountpoint or target.startswith(below):
-                    name = Path(f"/proc/{process}/comm").read_text().strip()
-                    found.append(f"{name} ({process})")
+                    found.append(_named(process))
                     break
     return ", ".join(found[:8])
+
+
+def _named(process: int | str) -> str:
+    """A process by name and number."""
+    name = "process"
+    with contextlib.suppress(OSError):
+        name = Path(f"/proc/{process}/comm").read_text().strip()
+    return f"{name} ({process})"
 
 
 def _in_background(

@@ -7,6 +7,7 @@ record.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,6 +75,16 @@ def at(mountpoint: str | os.PathLike[str]) -> MountRecord | None:
     return next((r for r in reversed(mounted()) if r.mountpoint == wanted), None)
 
 
+def seen_by(store: str) -> list[int]:
+    """The processes that a store is mounted for, as far as we may know."""
+    found = []
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if any(source == store for _, source in _kernel_list(process)):
+                found.append(int(process))
+    return found
+
+
 def write(record: MountRecord) -> None:
     """Keeps the record of the calling process's own mount."""
     path = _path(record.mountpoint)
@@ -127,9 +138,9 @@ def _started(pid: int) -> int:
         return 0
 
 
-def _kernel_list() -> Iterator[tuple[str, str]]:
-    """(mountpoint, store) of the mounts of memfs, in the order of mounting."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+def _kernel_list(process: str = "self") -> Iterator[tuple[str, str]]:
+    """(mountpoint, store) of the mounts of memfs that a process sees, in the order of mounting."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields, _, rest = line.rstrip("\n").partition(" - ")
             kind, source, *_ = rest.split(" ")

@@ -62,33 +62,24 @@ def killed(mount: Mount) -> None:
 
 
 @pytest.mark.parametrize("name", ["kv.safetensors", "adapter/adapter_model.safetensors"])
-def test_what_was_flushed_whole_is_kept(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "half"])
+def test_what_was_flushed_is_kept_where_it_is_whole(
+    tmp_path: Path, name: str, *, whole: bool
+) -> None:
+    """What was flushed by half leaves what stood."""
+    old, new = kv_file(b"one"), kv_file(b"two")
     with mounted_at(tmp_path) as mount:
         path = mount.cube("law") / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(kv_file(b"one"))
+        path.write_bytes(old)
         file = path.open("wb", buffering=0)
-        file.write(kv_file(b"two"))
+        file.write(new if whole else new[:-1])
         os.fsync(file.fileno())
         killed(mount)
         with pytest.raises(OSError, match=r"not connected|abort"):
             file.close()
         mount.start()
-        assert path.read_bytes() == kv_file(b"two")
-
-
-def test_what_was_flushed_by_half_leaves_what_stood(tmp_path: Path) -> None:
-    with mounted_at(tmp_path) as mount:
-        path = kv(mount.cube("law"))
-        path.write_bytes(kv_file(b"one"))
-        file = path.open("wb", buffering=0)
-        file.write(kv_file(b"two")[:-1])
-        os.fsync(file.fileno())
-        killed(mount)
-        with pytest.raises(OSError, match=r"not connected|abort"):
-            file.close()
-        mount.start()
-        assert path.read_bytes() == kv_file(b"one")
+        assert path.read_bytes() == (new if whole else old)
 
 
 def test_writing_goes_on_after_it_was_flushed_whole(mount: Mount) -> None:

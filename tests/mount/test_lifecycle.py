@@ -16,6 +16,7 @@ import pytest
 
 from memfs.filesystem import registry
 
+from ..conftest import needs
 from .conftest import Mount, has_ended, memfs, mounted_at, needs_root, until
 
 
@@ -176,6 +177,25 @@ def test_a_mount_in_use_says_by_whom(mount: Mount) -> None:
         assert f"({os.getpid()})" in done.stderr
     done = memfs("umount", mount.store, check=False)
     assert (done.returncode, "no mount of memfs" in done.stderr) == (9, True)
+
+
+@needs_root
+@needs("unshare")
+def test_a_mount_that_another_namespace_holds_says_whose(tmp_path: Path) -> None:
+    """A container, or a service with mounts of its own, that began while it was mounted."""
+    with mounted_at(tmp_path) as mount:
+        pid = mount.pid
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; read wait"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            done = memfs("umount", mount.dir, check=False)
+            assert done.returncode == 9
+            assert "another mount namespace" in done.stderr
+            assert f"({holder.pid})" in done.stderr
+            assert not has_ended(pid)
+            holder.communicate()
+        until(lambda: has_ended(pid))
 
 
 @pytest.mark.parametrize("damage", ["missing", "zeros", "cut", "no directory"])
