@@ -16,6 +16,7 @@ from memfs.cli import output
 from memfs.cube import layout
 from memfs.errors import MemfsError, MountFailed, NotAllowed
 from memfs.filesystem import registry
+from memfs.index.compare import SETTLE_S
 from memfs.index.problems import IndexCheck
 from memfs.vault.check import FileCheck, unreadable
 from memfs.vault.facts import inspect
@@ -46,8 +47,6 @@ cannot come back.
 exit status: 0 nothing is wrong, or all was mended; 1 problems remain; 9 the store is in use.
 """
 
-SETTLE_S = 2.5
-"""A change through or beside a mount is finished and in its index after so long."""
 _ORDER = ("files", "metadata", "digests", "versions", "trail", "index")
 """In which areas are mended: the index last, from files that are right by then."""
 

@@ -13,7 +13,7 @@ from memfs.cube import layout, metadata
 from memfs.errors import IndexDamaged, MemfsError, NotAllowed, NotFound
 from memfs.filesystem import registry
 from memfs.index.check import sound
-from memfs.index.compare import Difference, compare
+from memfs.index.compare import SETTLE_S, Difference, compare
 from memfs.index.lmdb_index import Index
 from memfs.index.rebuild import MODEL, REBUILT, index_directory, open_or_rebuild, rebuild
 from memfs.vault.lock import lock
@@ -34,9 +34,6 @@ exit status: 1 where check finds a difference or damage.
 """
 
 KV_STATES = ("none", "ready", "stale", "foreign", "corrupt", "unchecked")
-SETTLE_S = 2.5
-"""A change through or beside a mount is in its index after so long."""
-_SHOWN = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +82,7 @@ def _check(store: Store, mountpoint: str | None, *, as_json: bool) -> int:
             }
         )
     elif differences:
-        rows = [_row(difference) for difference in differences[:_SHOWN]]
-        print(output.table(rows, ("CUBE", "WHAT", "INDEX", "FILES")))
-        if len(differences) > _SHOWN:
-            print(f"and {output.number(len(differences) - _SHOWN)} more (--json lists all)")
+        print(output.beginning(map(_row, differences), ("CUBE", "WHAT", "INDEX", "FILES")))
         print(f"memfs index rebuild {mountpoint or store.root} mends it")
     else:
         print(f"{output.number(cubes)} cubes: the index says what the files say")

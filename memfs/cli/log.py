@@ -207,9 +207,7 @@ def _verify(root: str, *, as_json: bool) -> int:
             }
         )
     elif problems:
-        print(output.table([(p.path, p.what) for p in problems[:_SHOWN]], ("FILE", "WHAT")))
-        if len(problems) > _SHOWN:
-            print(f"and {output.number(len(problems) - _SHOWN)} more (--json lists all)")
+        print(output.beginning(((p.path, p.what) for p in problems), ("FILE", "WHAT")))
     elif lines:
         print(f"{output.number(lines)} lines, each as it was written; line {last.seq} is")
         print(last.hash)

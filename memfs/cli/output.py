@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TextIO
 
+_SHOWN = 50
+"""Rows of a table that only has to show what kind of thing there is."""
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 
@@ -84,6 +86,14 @@ def table(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
     if header:
         lines[0] = styled(lines[0], "bold")
     return "\n".join(lines)
+
+
+def beginning(rows: Iterable[Sequence[str]], header: Sequence[str]) -> str:
+    """The first rows as a table, and how many there are more, where the command has ``--json``."""
+    whole = list(rows)
+    shown = table(whole[:_SHOWN], header)
+    more = len(whole) - _SHOWN
+    return f"{shown}\nand {number(more)} more (--json lists all)" if more > 0 else shown
 
 
 def _width(text: str) -> int:

@@ -15,6 +15,9 @@ from memfs.index.refresh import Model
 from memfs.vault.facts import CubeFacts, inspect, judge
 from memfs.vault.store import Store
 
+SETTLE_S = 2.5
+"""A change through or beside a mount is finished and in its index after so long."""
+
 _META_FIELDS = frozenset(
     {"id", "title", "tags", "type", "created", "priority", "lifecycle", "frozen", "pinned"}
 )

@@ -99,3 +99,10 @@ def test_progress_leaves_no_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) 
         while chunk := terminal.read(1000):  # EIO once all that the closed end wrote is read
             written += chunk
     assert written.decode() == "\r\033[Kfetching\r\033[K12%\r\033[K"
+
+
+def test_the_beginning_of_a_long_table() -> None:
+    rows = [(str(number), "x") for number in range(1051)]
+    lines = output.beginning(rows, ("A", "B")).splitlines()
+    assert (len(lines), lines[-2:]) == (52, ["49  x", "and 1,001 more (--json lists all)"])
+    assert output.beginning(rows[:50], ("A", "B")) == output.table(rows[:50], ("A", "B"))
