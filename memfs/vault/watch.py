@@ -319,12 +319,26 @@ def _walk(top: bytes) -> Iterator[tuple[bytes, list[bytes], list[bytes]]]:
         path = pending.pop()
         directories: list[bytes] = []
         others: list[bytes] = []
-        with contextlib.suppress(OSError), os.scandir(path) as entries:
+        with contextlib.suppress(OSError), _opened(path) as fd, os.scandir(fd) as entries:
             for entry in entries:
                 kind = directories if entry.is_dir(follow_symlinks=False) else others
-                kind.append(entry.name)
+                kind.append(os.fsencode(entry.name))
         yield path, directories, others
         pending += [os.path.join(path, name) for name in directories]
+
+
+@contextlib.contextmanager
+def _opened(path: bytes) -> Iterator[int]:
+    """A directory to be listed. Its access time is its users': who makes one may set it at once."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        fd = os.open(path, flags | os.O_NOATIME)
+    except PermissionError:  # the kernel gives O_NOATIME only to the owner
+        fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class _Emitter(InotifyEmitter):

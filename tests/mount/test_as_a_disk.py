@@ -185,3 +185,14 @@ def test_devices_and_setuid_programs_work_where_root_wants_them(tmp_path: Path) 
     with mounted_at(tmp_path, "-o", "dev,suid") as mount:
         assert (mount.dir / "null").read_bytes() == b""
         assert not os.statvfs(mount.dir).f_flag & (os.ST_NOSUID | os.ST_NODEV)
+
+
+def test_a_new_directory_keeps_the_access_time_it_is_given(tmp_path: Path) -> None:
+    """Who watches the store lists it, and that may come after."""
+    with mounted_at(tmp_path) as mount:
+        for number in range(40):
+            directory = mount.dir / str(number)
+            directory.mkdir()
+            os.utime(directory, (1_900_000_000, 1_950_000_000))
+            time.sleep(0.03)
+            assert directory.stat().st_atime == 1_900_000_000
