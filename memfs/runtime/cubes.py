@@ -31,6 +31,9 @@ from memfs.vault.store import Store, open_regular_at
 MAX_TEXT = 64 << 20
 """Bytes of a payload that are looked at; no model's context is near that long."""
 
+MAX_PATH = 4096
+"""Characters of a cube's path, the kernel's own limit: one that is refused stands in the trail."""
+
 Signature = tuple[int, int, int, int]
 """(inode, size, mtime, ctime in ns): the same as long as a file is the same."""
 
@@ -232,6 +235,8 @@ class Stores:
         """
         if not os.path.isabs(root) or not path or path.startswith("/"):
             raise InvalidRequest("a cube is named by an absolute store and a path within it")
+        if len(path) > MAX_PATH:
+            raise InvalidRequest(f"the path of a cube has at most {MAX_PATH} characters")
         own = caller.uid in (0, os.geteuid())
         try:
             store = self._store(os.path.realpath(root), own=own)

@@ -172,6 +172,7 @@ def test_answers_stream(runtime: RuntimeClient, shop: Shop) -> None:
         ({"op": "nonsense"}, InvalidRequest),
         ({"op": "mount", "store": "relative", "path": "a"}, InvalidRequest),
         ({"op": "mount", "store": 7, "path": "a"}, InvalidRequest),
+        ({"op": "mount", "store": "/", "path": "a/" * 2048 + "b"}, InvalidRequest),
         ({"op": "mount", "store": "/nonexistent", "path": "a"}, NotFound),
         ({"op": "ask", "question": " "}, InvalidRequest),
         ({"op": "ask", "question": "q", "cubes": "a"}, InvalidRequest),
