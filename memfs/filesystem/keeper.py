@@ -86,10 +86,10 @@ class IndexKeeper:
         from memfs.index.history import write_back_usage
 
         self._stopping = True
+        self._jobs.put(None)
+        self._thread.join()  # first: it may be about to start the watcher
         if self._watcher is not None:
             self._watcher.stop()
-        self._jobs.put(None)
-        self._thread.join()
         index, self.index = self.index, None
         if index is None:
             return

@@ -64,9 +64,11 @@ def run(config: Config, path: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _only_one(path), contextlib.ExitStack() as sockets:
-        listening = [sockets.enter_context(_listening(path))]
+        listening = [sockets.enter_context(_socket_at(path))]
         if config.shared:
-            listening.append(sockets.enter_context(_listening_to_others(config)))
+            listening.append(sockets.enter_context(_socket_of_others(config)))
+        for one in listening:  # not before all is well: who is let in takes it that it serves
+            one.listen(1024)
         asyncio.run(_serve(config, listening))
     return 0
 
@@ -119,25 +121,24 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
+def _socket_at(path: Path) -> Iterator[socket.socket]:
     """A socket that only its owner may connect to; gone from the directory afterwards."""
     path.unlink(missing_ok=True)  # a daemon that was killed left it: we hold its lock
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:
-        listening.bind(os.fspath(path))
+        bound.bind(os.fspath(path))
     finally:
         os.umask(mask)
     try:
-        listening.listen(1024)
-        yield listening
+        yield bound
     finally:
-        listening.close()
+        bound.close()
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _listening_to_others(config: Config) -> Iterator[socket.socket]:
+def _socket_of_others(config: Config) -> Iterator[socket.socket]:
     """A socket that all users, or those of a group, may connect to."""
     directory = shared_dir(os.getuid())
     with contextlib.suppress(FileExistsError):
@@ -153,13 +154,13 @@ def _listening_to_others(config: Config) -> Iterator[socket.socket]:
             gid = grp.getgrnam(config.shared).gr_gid
         except KeyError:
             raise InvalidConfig(f"shared: there is no group {config.shared!r}") from None
-    with _listening(path) as listening:
+    with _socket_at(path) as bound:
         try:
             os.chown(path, -1, gid)
         except PermissionError:
             raise InvalidConfig(f"shared: you are not in the group {config.shared}") from None
         path.chmod(0o660 if gid >= 0 else 0o666)
-        yield listening
+        yield bound
 
 
 if __name__ == "__main__":
