@@ -65,7 +65,7 @@ def public() -> Iterator[Path]:
 def default_model_dir() -> Path:
     """The default model, as a user gets it."""
     from memfs.config import Config
-    from memfs.runtime import model_store
+    from memfs.runtime.model import model_store
 
     return model_store.resolve("default", Config(), print)
 

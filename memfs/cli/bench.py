@@ -19,8 +19,8 @@ from memfs.cli import output, targets
 from memfs.config import Config
 from memfs.cube import layout
 from memfs.errors import MountFailed
-from memfs.runtime import model_store
 from memfs.runtime.client import RuntimeClient, stop
+from memfs.runtime.model import model_store
 
 HELP = "measure memfs on this machine"
 EPILOG = """\
@@ -147,7 +147,7 @@ def _arms(
 
 
 def _mount(args: argparse.Namespace, config: Config, say: Callable[[str], None]) -> list[Facts]:
-    from memfs.runtime.measure import mount_rates  # torch
+    from memfs.runtime.measure.mounting import mount_rates  # torch
 
     directory = model_store.resolve(config.model, config, say)
     return mount_rates(directory, config, args.tokens, args.runs, say)

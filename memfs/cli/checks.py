@@ -22,7 +22,7 @@ from memfs.cli import output
 from memfs.config import DEFAULT_MODEL, Config, cache_dir, runtime_dir
 from memfs.errors import InvalidConfig
 from memfs.filesystem import libfuse
-from memfs.runtime import model_store
+from memfs.runtime.model import model_store
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(config: Config, *, as_json: bool) -> int:
-    from memfs.runtime import model_store
+    from memfs.runtime.model import model_store
 
     with output.Progress() as progress:
         directory = model_store.resolve(config.model, config, progress.step)

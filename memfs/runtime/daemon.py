@@ -26,7 +26,7 @@ from memfs.errors import InvalidConfig, RuntimeUnavailable
 from memfs.runtime.protocol import shared_socket_path
 
 if TYPE_CHECKING:
-    from memfs.runtime.resident import Resident
+    from memfs.runtime.model.resident import Resident
 
 
 EVERYBODY = "all"
@@ -94,8 +94,8 @@ def _load(config: Config, say: Callable[[str], None]) -> Resident:
     """The resident model, fetched and converted first where that has not been done yet."""
     from huggingface_hub import constants
 
-    from memfs.runtime import model_store
-    from memfs.runtime.resident import load
+    from memfs.runtime.model import model_store
+    from memfs.runtime.model.resident import load
 
     directory = model_store.resolve(config.model, config, say)
     constants.HF_HUB_OFFLINE = True  # the model is there: from here on nothing is asked of a hub

@@ -23,14 +23,14 @@ from memfs.cube import layout, process
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
-from memfs.runtime import cube_kv, kv_store
-from memfs.runtime.answering import Answer, Part, Question, answer
+from memfs.runtime.asking.answering import Answer, Part, Question, answer
 from memfs.runtime.cubes import Cube, Files, Stores, Text
-from memfs.runtime.encoding import Encodings, Tell, prefill
-from memfs.runtime.memory import spare
-from memfs.runtime.mounted import Memory, Mounted
-from memfs.runtime.residency import Entry
-from memfs.runtime.resident import Resident
+from memfs.runtime.kv import cube_kv, kv_store
+from memfs.runtime.kv.encoding import Encodings, Tell, prefill
+from memfs.runtime.model.resident import Resident
+from memfs.runtime.model.spare import spare
+from memfs.runtime.mounting.mounted import Memory, Mounted
+from memfs.runtime.mounting.residency import Entry
 from memfs.runtime.worker import Priority, Worker
 
 Events = AsyncIterator[dict[str, Any]]
@@ -225,7 +225,9 @@ class Service:
                     entry.users += 1
                     entries.append(entry)
             whole = Question(question, parts, limit, asked_at, drop_oldest=cubes is None)
-            key = mounted.lend(whole, entries)
+            key = None
+            if entries and len(entries) == len(parts):
+                key, whole.lent = mounted.lend(entries)
             job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
             try:
                 async for event in job:

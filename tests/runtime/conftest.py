@@ -14,7 +14,7 @@ from memfs.config import Config
 from memfs.runtime.client import RuntimeClient, connect, stop
 
 if TYPE_CHECKING:
-    from memfs.runtime.resident import Resident
+    from memfs.runtime.model.resident import Resident
 
 WORDS = ("the", "keeper", "of", "light", "wrote", "down", "what", "ships", "had", "passed", "wind")
 
@@ -39,7 +39,7 @@ def load_model() -> Callable[..., Resident]:
     loaded: dict[tuple[Path, str], Resident] = {}
 
     def load(directory: Path, dtype: str = "float32") -> Resident:
-        from memfs.runtime import resident
+        from memfs.runtime.model import resident
 
         key = (directory, dtype)
         if key not in loaded:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from memfs.runtime.asking.composition import place, rotated
 from memfs.runtime.client import RuntimeClient
-from memfs.runtime.composition import place, rotated
-from memfs.runtime.encoding import prefill
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.resident import Resident
+from memfs.runtime.kv.encoding import prefill
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident
 
 from .conftest import Shop, ask, how, prose, run_all
 

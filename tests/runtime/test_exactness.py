@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from memfs.runtime import kv_store
-from memfs.runtime.answering import Part, Question, answer
-from memfs.runtime.encoding import Encoded, prefill
-from memfs.runtime.engine import PREFILL_CHUNK
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.resident import Resident
+from memfs.runtime.asking.answering import Part, Question, answer
+from memfs.runtime.kv import kv_store
+from memfs.runtime.kv.encoding import Encoded, prefill
+from memfs.runtime.model.engine import PREFILL_CHUNK
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident
 
 from .conftest import prose, run_all
 
@@ -149,11 +149,11 @@ def test_the_answer_from_kv_is_the_answer_from_text(resident: Resident, tmp_path
     text = prose(300)
     mounted, _ = through_a_file(resident, encoded(resident, text), tmp_path / "kv")
 
-    def asked(part: Part, lone: KVCache | None = None) -> dict[str, object]:
-        return report(resident, Question(QUESTION, [part], 32, 0.0, lone=lone))
+    def asked(part: Part, lent: KVCache | None = None) -> dict[str, object]:
+        return report(resident, Question(QUESTION, [part], 32, 0.0, lent=lent))
 
     as_text = asked(Part("a", "/s", text, None))
-    in_place = asked(Part("a", "/s", None, mounted), lone=mounted)
+    in_place = asked(Part("a", "/s", None, mounted), lent=mounted)
     copied = asked(Part("a", "/s", None, mounted))
     assert as_text["answer"] == in_place["answer"] == copied["answer"]
     assert as_text["prompt_tokens"] == in_place["prompt_tokens"]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from memfs.errors import ModelUnusable
-from memfs.runtime import model_digest
-from memfs.runtime.model_digest import file_digest, tokenizer_digest, weights_digest
+from memfs.runtime.model import model_digest
+from memfs.runtime.model.model_digest import file_digest, tokenizer_digest, weights_digest
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 
 from memfs.config import Config
 from memfs.errors import ModelUnusable
-from memfs.runtime import default_model, model_store
+from memfs.runtime.model import default_model, model_store
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ HUB = """
 import sys
 from memfs.config import Config
 from memfs.errors import ModelUnusable
-from memfs.runtime import model_store
+from memfs.runtime.model import model_store
 
 try:
     print(model_store.resolve(sys.argv[1], Config(), lambda line: None))

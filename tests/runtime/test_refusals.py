@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from memfs.cube.fingerprint import CHECKSUMS, MODEL_FIELDS, TEXT_FIELDS
 from memfs.errors import KVCorrupt, KVForeign, KVStale, Refused
-from memfs.runtime import kv_store
 from memfs.runtime.client import RuntimeClient
-from memfs.runtime.encoding import prefill
-from memfs.runtime.resident import Resident
+from memfs.runtime.kv import kv_store
+from memfs.runtime.kv.encoding import prefill
+from memfs.runtime.model.resident import Resident
 
 from .conftest import Shop, ask, how, prose, run_all
 

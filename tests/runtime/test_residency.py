@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfs.errors import OverBudget
-from memfs.runtime.residency import PROTECTED_SHARE, Residency
+from memfs.runtime.mounting.residency import PROTECTED_SHARE, Residency
 
 
 @dataclass

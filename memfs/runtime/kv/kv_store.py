@@ -29,8 +29,8 @@ from memfs.cube.kvfile import (
     require_checksum,
 )
 from memfs.errors import KVCorrupt
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.resident import Resident, ids_digest
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident, ids_digest
 
 ROOM = 512
 """Rows of room behind a mounted memory, for a question and its answer."""

@@ -1,9 +1,7 @@
-"""Several memories in one cache: placing rows at other positions than they were made at.
+"""Rotary positions: moving keys to other positions than they were made at, and who allows it.
 
-A cube's rows are made behind the preamble, at ``base``. To stand behind other cubes its keys are
-rotated by the distance moved, in float32, always from the stored original; its values stay as they
-are (rotation over a shared preamble; compare EPIC, arXiv:2410.15332, and CacheBlend,
-arXiv:2405.16444). Runs in the model's thread.
+``unplaceable`` is asked once, when a model is loaded; ``rotated`` for every memory that is placed.
+Runs in the model's thread.
 """
 
 from __future__ import annotations
@@ -11,28 +9,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from memfs.runtime.kv_cache import KVCache, KVShape
+from memfs.runtime.model.kv_cache import KVCache, KVShape
 
 PROBE_DISTANCE = 1021
 """How far ``unplaceable`` moves its probe: long, and no multiple of a period."""
-
-
-def place(cache: KVCache, memory: KVCache, base: int, inv_freq: torch.Tensor) -> None:
-    """Copies the rows of ``memory`` from ``base`` on behind those in ``cache``, keys rotated.
-
-    Args:
-        memory: [preamble | one cube]; it is only read.
-        inv_freq: the model's inverse frequencies, float32 [rotary_dim / 2].
-    """
-    distance = cache.length - base
-    start = cache.length
-    cache.append(memory, base)
-    if distance == 0:
-        return
-    for mine, theirs in zip(cache.layers, memory.layers, strict=True):
-        mine[0, :, start : cache.length] = rotated(
-            theirs[0, :, base : memory.length], distance, inv_freq
-        )
 
 
 def rotated(keys: torch.Tensor, distance: int, inv_freq: torch.Tensor) -> torch.Tensor:

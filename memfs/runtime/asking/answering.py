@@ -15,9 +15,9 @@ import torch
 from tokenizers.decoders import DecodeStream
 
 from memfs.errors import TooLong
-from memfs.runtime.composition import place
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.resident import Resident
+from memfs.runtime.asking.composition import place
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident
 
 Steps = Generator[dict[str, Any], None, "Answer"]
 
@@ -56,10 +56,8 @@ class Question:
     """``time.perf_counter()`` when the request came in: where the time to first token starts."""
     drop_oldest: bool = False
     """Whether memories that do not fit the context are left out, the oldest first."""
-    lone: KVCache | None = None
-    """The cache of the only part, to be answered in: nobody else is writing into its room."""
-    placed: KVCache | None = None
-    """All parts as they were placed for an earlier question: likewise."""
+    lent: KVCache | None = None
+    """All parts in one cache, to be answered in: nobody else is writing into its room."""
 
 
 @dataclass
@@ -121,7 +119,7 @@ def _memory(
 ) -> Generator[dict[str, Any], None, tuple[KVCache, int, KVCache | None]]:
     """A cache of the parts, how many of its rows came from KV, and it again if worth keeping."""
     needed = asked + question.limit
-    whole = question.placed if len(parts) > 1 else question.lone
+    whole = question.lent
     if whole is not None and parts == question.parts:
         enough = whole.room >= needed
         cache = whole.borrowed() if enough else whole.resized(whole.length + needed)

@@ -20,12 +20,11 @@ from weakref import WeakValueDictionary
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
-from memfs.runtime import kv_store
-from memfs.runtime.answering import Question
 from memfs.runtime.cubes import Cube, Files, Signature, Text
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.residency import Entry, Residency
-from memfs.runtime.resident import Resident
+from memfs.runtime.kv import kv_store
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident
+from memfs.runtime.mounting.residency import Entry, Residency
 
 R = TypeVar("R")
 
@@ -118,27 +117,27 @@ class Mounted:
         memory = Memory(files.cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(files.cube.key, memory, header.tokens)
 
-    def lend(self, question: Question, entries: list[Entry[Memory]]) -> str | None:
-        """Lends an answer a cache to write behind; the key of the cubes placed together.
+    def lend(self, entries: list[Entry[Memory]]) -> tuple[str | None, KVCache | None]:
+        """Lends an answer a cache to write behind: of its only memory, or of all placed together.
 
         Args:
-            entries: the caches that the question's memories are in; the one that is lent of the
-                cubes together is added.
+            entries: the caches that all memories of a question are in, each in use once by it; the
+                one that is lent of several together is added.
+
+        Returns:
+            The key of several together, and the cache; None where there is none, or another answer
+            is writing into its room.
         """
-        if not entries or len(entries) != len(question.parts):
-            return None
         if len(entries) == 1:
-            if entries[0].users == 1:
-                question.lone = entries[0].value.cache
-            return None
+            return None, entries[0].value.cache if entries[0].users == 1 else None
         # These very files: whoever may read the same text may have put other rows beside it.
         key = "placed\0" + "\0".join(f"{e.key}\0{e.value.kv_signature}" for e in entries)
         found = self.residency.use(key)
-        if found and not found.users:
-            found.users += 1
-            entries.append(found)
-            question.placed = found.value.cache
-        return key
+        if found is None or found.users:
+            return key, None
+        found.users += 1
+        entries.append(found)
+        return key, found.value.cache
 
     def keep_placed(self, key: str, cache: KVCache) -> None:
         """Keeps several cubes as they were placed, where there is room, for the next question."""

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from memfs.config import Config
-from memfs.runtime import kv_store
-from memfs.runtime.memory import MOST, spare
-from memfs.runtime.resident import Resident, load
+from memfs.runtime.kv import kv_store
+from memfs.runtime.model.resident import Resident, load
+from memfs.runtime.model.spare import MOST, spare
 
 Facts = dict[str, Any]
 

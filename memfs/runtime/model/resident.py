@@ -22,12 +22,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from memfs.config import Config
 from memfs.cube.fingerprint import FORMAT
 from memfs.errors import ModelUnusable
-from memfs.runtime import attention
-from memfs.runtime.composition import inverse_frequencies, unplaceable
-from memfs.runtime.engine import PREFILL_CHUNK, Engine
-from memfs.runtime.kv_cache import KVCache, KVShape
-from memfs.runtime.model_digest import tokenizer_digest, weights_digest
-from memfs.runtime.prompt import Prompt
+from memfs.runtime.model import attention
+from memfs.runtime.model.engine import PREFILL_CHUNK, Engine
+from memfs.runtime.model.kv_cache import KVCache, KVShape
+from memfs.runtime.model.model_digest import tokenizer_digest, weights_digest
+from memfs.runtime.model.prompt import Prompt
+from memfs.runtime.model.rotary import inverse_frequencies, unplaceable
 
 
 @dataclass(frozen=True)

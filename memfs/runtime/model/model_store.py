@@ -22,8 +22,8 @@ from typing import IO, cast
 
 from memfs.config import DEFAULT_MODEL, Config, cache_dir
 from memfs.errors import ModelUnusable
-from memfs.runtime import default_model
-from memfs.runtime.model_digest import file_digest, tokenizer_digest, weights_digest
+from memfs.runtime.model import default_model
+from memfs.runtime.model.model_digest import file_digest, tokenizer_digest, weights_digest
 
 __all__ = ["cached", "resolve", "tokenizer_digest", "weights_digest"]
 
@@ -147,7 +147,7 @@ def _convert(
 ) -> None:
     progress(f"converting {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB, once)")
     directory.mkdir()
-    command = [sys.executable, "-m", "memfs.runtime.convert", str(gguf), str(directory)]
+    command = [sys.executable, "-m", "memfs.runtime.model.convert", str(gguf), str(directory)]
     environ = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if config.threads:
         environ["OMP_NUM_THREADS"] = str(config.threads)

@@ -1,8 +1,9 @@
-"""A GGUF file into a transformers model directory: ``python -m memfs.runtime.convert GGUF DIR``.
+"""A GGUF file into a transformers model directory.
 
-Run by ``model_store`` as a process of its own: it takes 20 seconds of CPU and several times the
-model's size in memory, which goes back to the system when it ends. The weights are written in
-float32, as the GGUF dequantizes, so nothing is lost. torch is imported here.
+``python -m memfs.runtime.model.convert GGUF DIR``. Run by ``model_store`` as a process of its own:
+it takes 20 seconds of CPU and several times the model's size in memory, which goes back to the
+system when it ends. The weights are written in float32, as the GGUF dequantizes, so nothing is
+lost. torch is imported here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memfs import __version__
 from memfs.cube.metadata import rfc3339
-from memfs.runtime.model_digest import file_digest
+from memfs.runtime.model.model_digest import file_digest
 
 SOURCE = "memfs-source.json"
 """Beside the model: where it is from, its digest and licence, and what files it must have."""
@@ -65,7 +66,7 @@ def _text(gguf: Path, key: str) -> str | None:
 
 def main() -> None:
     """The command line of the process."""
-    parser = argparse.ArgumentParser(prog="python -m memfs.runtime.convert")
+    parser = argparse.ArgumentParser(prog="python -m memfs.runtime.model.convert")
     parser.add_argument("gguf", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--source", default="", help="where the GGUF file is from")

@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from memfs.runtime.kv_cache import KVCache, KVShape
+from memfs.runtime.model.kv_cache import KVCache, KVShape
 
 PREFILL_CHUNK = 256
 

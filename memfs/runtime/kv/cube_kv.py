@@ -13,11 +13,11 @@ from typing import Any
 from memfs.cube import layout
 from memfs.cube.kvfile import check_tensors
 from memfs.errors import KVStale, MemfsError
-from memfs.runtime import kv_store
 from memfs.runtime.cubes import Cube, Text
-from memfs.runtime.encoding import Encoded
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.resident import Resident
+from memfs.runtime.kv import kv_store
+from memfs.runtime.kv.encoding import Encoded
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident
 from memfs.vault.publish import publishing
 
 

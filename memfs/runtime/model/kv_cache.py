@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from memfs.runtime.memory import spare
+from memfs.runtime.model.spare import spare
 
 
 @dataclass(frozen=True)

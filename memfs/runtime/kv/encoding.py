@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memfs.errors import TooLong
-from memfs.runtime.engine import PREFILL_CHUNK
-from memfs.runtime.kv_cache import KVCache
-from memfs.runtime.kv_store import ROOM
-from memfs.runtime.resident import Resident
+from memfs.runtime.kv.kv_store import ROOM
+from memfs.runtime.model.engine import PREFILL_CHUNK
+from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.resident import Resident
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""KV caches: the buffers in memory, the file, and how one is made from a text."""

@@ -1,0 +1,1 @@
+"""What is mounted into the model, whose it is, and what stays."""
