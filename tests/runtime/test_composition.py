@@ -11,7 +11,7 @@ import torch
 from memfs.runtime.asking.composition import place, rotated
 from memfs.runtime.client import RuntimeClient
 from memfs.runtime.kv.encoding import prefill
-from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.model.kv_cache import KVCache, Slot, for_model
 from memfs.runtime.model.resident import Resident
 
 from .conftest import Shop, ask, how, prose, run_all
@@ -38,7 +38,7 @@ def test_a_rotated_key_is_the_key_made_there(resident: Resident, distance: int) 
             resident.engine.model.base_model(
                 input_ids=torch.tensor([[42]]),
                 position_ids=torch.tensor([[position]]),
-                past_key_values=cache.for_model(),
+                past_key_values=for_model([Slot(cache, 1)]),
                 use_cache=True,
             )
         return cache.layers[0][0]

@@ -4,12 +4,13 @@ transformers' own path repeats the grouped heads (three copies of a 4k-token cac
 token of the default model) and builds masks for sequences that begin at row 0. Here the queries
 are folded onto their KV head instead, and nothing of the cache is copied. Which of three ways is
 taken depends on the numbers of rows alone, so the same rows give the same bits whether the cache
-was just computed or came from a file. Called by the model's forward, in the model's thread.
+was just computed or came from a file. Rows of several sequences in one forward attend each to their
+own, one sequence at a time. Called by the model's forward, in the model's thread.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +29,33 @@ values first, because the room behind the rows makes the batch's stride a wide o
 4,096: 27 ms against 31; on 256: 5.3 against 3.2)."""
 
 
+class Span(NamedTuple):
+    """The keys, or the values, of one of the sequences in a forward."""
+
+    tensor: torch.Tensor
+    """[1, kv_heads, length, head_dim]"""
+    rows: int
+    """How many of the forward's queries are this sequence's."""
+    at: torch.Tensor | None
+    """The positions of the queries, int64 [rows]; None where they are the last rows."""
+
+
 def attend(
     _module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | list[Span],
+    value: torch.Tensor | list[Span],
     _mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of the last rows of a sequence to all rows of it.
+    """Causal attention of rows of a sequence to all rows of it; of several, one after another.
 
     Args:
         query: [1, heads, rows, head_dim].
-        key, value: [1, kv_heads, length, head_dim]; the queries are the last ``rows`` of them.
+        key, value: [1, kv_heads, length, head_dim], the queries being the last ``rows`` of them;
+            or one ``Span`` a sequence, whose queries follow one another.
         sliding_window: rows a query sees, itself included; None for all.
 
     Returns:
@@ -54,19 +67,40 @@ def attend(
     for unknown in ("softcap", "s_aux"):
         if kwargs.get(unknown) is not None:
             raise ModelUnusable(f"its attention needs {unknown}, which memfs does not compute")
-    rows, length = query.shape[-2], key.shape[-2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if sliding_window is not None and sliding_window >= length:
-        sliding_window = None
-    if sliding_window is None and rows <= FEW_ROWS and query.device.type == "cpu":
-        out = _few_rows(query, key, value, scale)
+    if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+        out = _one_sequence(query, key, value, None, scale, sliding_window)
     else:
-        whole = rows == length and sliding_window is None
-        mask = None if whole or rows == 1 == length else _seen(rows, length, sliding_window, query)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=True
+        queries = query.split([span.rows for span in key], dim=2)
+        out = torch.cat(
+            [
+                _one_sequence(q, k.tensor, v.tensor, k.at, scale, sliding_window)
+                for q, k, v in zip(queries, key, value, strict=True)
+            ],
+            dim=2,
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _one_sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    at: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """[1, heads, rows, head_dim]; ``at`` as in ``Span``."""
+    rows, length = query.shape[-2], key.shape[-2]
+    if window is not None and window >= length:
+        window = None
+    if at is None and window is None and rows <= FEW_ROWS and query.device.type == "cpu":
+        return _few_rows(query, key, value, scale)
+    whole = at is None and rows == length and window is None
+    mask = None if whole else _seen(rows, length, window, at, query.device)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=True
+    )
 
 
 def _few_rows(
@@ -93,15 +127,18 @@ def _few_rows(
     return out.view(1, heads, rows, head_dim)
 
 
-def _seen(rows: int, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+def _seen(
+    rows: int, length: int, window: int | None, at: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
     """[rows, length], True where a query row sees a key row; None where all see all."""
-    if rows == 1 and window is None:
-        return None
-    at = torch.arange(length - rows, length, device=like.device)[:, None]
-    keys = torch.arange(length, device=like.device)[None]
-    seen = keys <= at
+    if at is None:
+        if rows == 1 and window is None:
+            return None
+        at = torch.arange(length - rows, length, device=device)
+    keys = torch.arange(length, device=device)[None]
+    seen = keys <= at[:, None]
     if window is not None:
-        seen &= keys > at - window
+        seen &= keys > at[:, None] - window
     return seen
 
 

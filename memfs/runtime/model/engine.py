@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from memfs.runtime.model.kv_cache import KVCache, KVShape
+from memfs.runtime.model.kv_cache import KVCache, KVShape, Slot, for_model
 
 PREFILL_CHUNK = 256
 
@@ -49,19 +49,43 @@ class Engine:
         self, cache: KVCache, ids: Sequence[int], *, logits: bool = True
     ) -> torch.Tensor | None:
         """One forward of ``ids`` behind the rows in ``cache``; the logits after the last."""
+        hidden = self._run([Slot(cache, len(ids))], ids)
+        return self._logits(hidden[-1:])[0] if logits else None
+
+    def together(self, caches: Sequence[KVCache], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """One forward for several sequences, the ``ids`` of each behind the rows in its cache.
+
+        Returns the logits after the last row of each, float32 [sequences, vocabulary]. They may
+        differ in the last bits from those of ``forward``: sums are taken in another order.
+        """
+        slots = [Slot(cache, len(own)) for cache, own in zip(caches, ids, strict=True)]
+        hidden = self._run(slots, [token for own in ids for token in own])
+        last = torch.tensor([slot.rows for slot in slots]).cumsum(0) - 1
+        return self._logits(hidden[last.to(hidden.device)])
+
+    def recompute(self, cache: KVCache, ids: Sequence[int], at: Sequence[int]) -> None:
+        """Computes rows that are in ``cache`` again, each seeing all rows before it as they are
+        then: those at the positions ``at``, ascending, whose tokens are ``ids``."""
+        positions = torch.tensor(list(at), device=self.shape.device)
+        self._run([Slot(cache, len(ids), positions)], ids)
+
+    def _run(self, slots: Sequence[Slot], ids: Sequence[int]) -> torch.Tensor:
+        """The hidden states of the rows of all slots, [rows, hidden]; the caches have them then."""
         with torch.inference_mode():
-            rows = torch.tensor([list(ids)], device=self.shape.device)
-            at = torch.arange(cache.length, cache.length + len(ids), device=self.shape.device)
-            hidden = self.model.base_model(
-                input_ids=rows,
-                position_ids=at[None],
-                past_key_values=cache.for_model(),
+            hidden: torch.Tensor = self.model.base_model(
+                input_ids=torch.tensor([list(ids)], device=self.shape.device),
+                position_ids=torch.cat([slot.positions() for slot in slots])[None],
+                past_key_values=for_model(slots),
                 use_cache=True,
-            ).last_hidden_state
-            cache.length += len(ids)
-            if not logits:
-                return None
-            scores: torch.Tensor = self.model.get_output_embeddings()(hidden[0, -1])
+            ).last_hidden_state[0]
+        for slot in slots:
+            slot.cache.length = slot.end
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 [rows, vocabulary]."""
+        with torch.inference_mode():
+            scores: torch.Tensor = self.model.get_output_embeddings()(hidden)
             return scores.float()
 
     def decode(

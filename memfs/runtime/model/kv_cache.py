@@ -3,17 +3,21 @@
 A layer's buffer is [2, kv_heads, capacity, head_dim], keys then values. Rows below ``length`` are
 written once and only read from then on; rows at and after it are room for what comes next. So a
 mounted memory is the first rows of such a cache, and an answer is written behind it through a
-``borrowed`` one, which leaves the memory as it was. Belongs to the thread that runs the model.
+``borrowed`` one, which leaves the memory as it was. A forward may take rows of several sequences at
+once, or rows of one that are computed again where they stand: ``for_model`` says where its rows go.
+Belongs to the thread that runs the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from memfs.runtime.model.attention import Span
 from memfs.runtime.model.spare import spare
 
 
@@ -86,41 +90,80 @@ class KVCache:
         other.length = self.length
         return other
 
-    def for_model(self) -> Cache:
-        """This cache as transformers wants it, for one forward that starts at ``length``."""
-        return Cache(layers=[_Layer(self, i) for i in range(self.shape.layers)])
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the rows that a forward computes for one sequence go."""
+
+    cache: KVCache
+    rows: int
+    at: torch.Tensor | None = None
+    """Positions of rows that are there already and are computed again, ascending, int64 [rows];
+    None for new ones, behind those that are there."""
+
+    @property
+    def end(self) -> int:
+        """Rows of the sequence that are seen in this forward, those it computes included."""
+        return self.cache.length + (self.rows if self.at is None else 0)
+
+    def positions(self) -> torch.Tensor:
+        """Of the rows computed, int64 [rows]."""
+        if self.at is not None:
+            return self.at
+        return torch.arange(self.cache.length, self.end, device=self.cache.shape.device)
+
+
+def for_model(slots: Sequence[Slot]) -> Cache:
+    """Caches as transformers wants them, for one forward over the rows of all slots, one after
+    another in a batch of one. ``KVCache.length`` is moved after the forward, by who runs it."""
+    layers = slots[0].cache.shape.layers
+    return Cache(layers=[_Layer(slots, index) for index in range(layers)])
 
 
 class _Layer(CacheLayerMixin):
-    """One layer of a KVCache in transformers' terms. ``KVCache.length`` moves after the forward."""
+    """One layer of the caches of a forward, in transformers' terms."""
 
-    def __init__(self, cache: KVCache, index: int) -> None:
+    def __init__(self, slots: Sequence[Slot], index: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
-        self._buffer = cache.layers[index]
-        self._start = cache.length
+        self._slots = slots
+        self._index = index
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the buffer is there from the beginning."""
+        """Nothing: the buffers are there from the beginning."""
 
-    def update(
+    def update(  # type: ignore[override]  # Spans are for our own attention
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the new rows, [1, kv_heads, rows, head_dim]; gives views of all rows so far."""
-        end = self._start + key_states.shape[-2]
-        self._buffer[0, :, self._start : end] = key_states[0]
-        self._buffer[1, :, self._start : end] = value_states[0]
-        return self._buffer[0:1, :, :end], self._buffer[1:2, :, :end]
+    ) -> tuple[torch.Tensor | list[Span], torch.Tensor | list[Span]]:
+        """Writes the new rows, [1, kv_heads, rows, head_dim]; gives views of all that are seen.
+
+        One sequence that goes on is a tensor, as every model expects; anything else ``Span``s.
+        """
+        keys: list[Span] = []
+        values: list[Span] = []
+        start = 0
+        for slot in self._slots:
+            buffer = slot.cache.layers[self._index]
+            for part, states, seen in ((0, key_states, keys), (1, value_states, values)):
+                rows = states[0, :, start : start + slot.rows]
+                if slot.at is None:
+                    buffer[part, :, slot.cache.length : slot.end] = rows
+                else:
+                    buffer[part].index_copy_(1, slot.at, rows)
+                seen.append(Span(buffer[part : part + 1, :, : slot.end], slot.rows, slot.at))
+            start += slot.rows
+        if len(self._slots) == 1 and self._slots[0].at is None:
+            return keys[0].tensor, values[0].tensor
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(rows attended to, offset of the first)."""
-        return self._start + query_length, 0
+        return self._slots[0].cache.length + query_length, 0
 
     def get_seq_length(self) -> int:
         """Rows before this forward."""
-        return self._start
+        return self._slots[0].cache.length
 
     def get_max_length(self) -> int:
         """The capacity."""
-        return self._cache.capacity
+        return self._slots[0].cache.capacity

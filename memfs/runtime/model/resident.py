@@ -45,6 +45,8 @@ class Resident:
     inv_freq: torch.Tensor | None
     unplaceable: str | None
     """Why several cubes cannot be placed one after another; None where they can."""
+    packs: bool
+    """Whether one forward may take several sequences, or rows out of their order."""
     preamble: KVCache
     """The rows of the preamble, computed once."""
 
@@ -86,7 +88,7 @@ def load(directory: Path, config: Config) -> Resident:
     shape = _kv_shape(model, dtype, device)
     prompt = Prompt.of(tokenizer)
     engine = Engine(model, shape)
-    _use_our_attention(engine, prompt)
+    packs = _use_our_attention(engine, prompt)
     preamble = engine.new_cache(max(1, len(prompt.preamble)))
     if prompt.preamble:
         engine.forward(preamble, prompt.preamble, logits=False)
@@ -100,6 +102,7 @@ def load(directory: Path, config: Config) -> Resident:
         stop=_stop_tokens(model, tokenizer),
         inv_freq=inverse_frequencies(model),
         unplaceable=unplaceable(model, shape, kinds),
+        packs=packs,
         preamble=preamble,
     )
 
@@ -183,10 +186,11 @@ def _kv_shape(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def _use_our_attention(engine: Engine, prompt: Prompt) -> None:
+def _use_our_attention(engine: Engine, prompt: Prompt) -> bool:
     """Switches the model to our attention over our cache, after seeing that it says the same.
 
-    Raises ModelUnusable where it does not: something in the model's attention is not what it seems.
+    Returns whether it does so too where a forward takes several sequences. Raises ModelUnusable
+    where it does not for one: something in the model's attention is not what it seems.
     """
     model = engine.model
     ids = prompt.question("What is the answer?", bare=True)
@@ -194,17 +198,28 @@ def _use_our_attention(engine: Engine, prompt: Prompt) -> None:
         rows = torch.tensor([ids], device=engine.shape.device)
         expected = model(input_ids=rows, use_cache=False).logits[0, -1].float()
     model.set_attn_implementation(attention.NAME)
-    cache = engine.new_cache(len(ids))
     half = len(ids) // 2
-    try:
+    tolerance = 1e-3 if engine.shape.dtype == torch.float32 else 0.1
+
+    def begun() -> KVCache:
+        cache = engine.new_cache(len(ids))
         engine.forward(cache, ids[:half], logits=False)
-        found = engine.forward(cache, ids[half:])
+        return cache
+
+    def agrees(found: torch.Tensor | None) -> bool:
+        assert found is not None
+        return bool((found - expected).norm() <= tolerance * expected.norm())
+
+    try:
+        if not agrees(engine.forward(begun(), ids[half:])):
+            raise ModelUnusable("over a KV cache it does not say what it says without one")
     except (RuntimeError, TypeError, ValueError, AttributeError) as e:
         raise ModelUnusable(f"it does not run over a KV cache of ours: {_first_line(e)}") from e
-    assert found is not None
-    tolerance = 1e-3 if engine.shape.dtype == torch.float32 else 0.1
-    if (found - expected).norm() > tolerance * expected.norm():
-        raise ModelUnusable("over a KV cache it does not say what it says without one")
+    try:
+        found = engine.together([begun(), begun()], [ids[half:-1], ids[half:]])
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False  # it looks into keys and values before it attends to them
+    return agrees(found[1])
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: object) -> frozenset[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from memfs.runtime.model.kv_cache import KVCache, KVShape
+from memfs.runtime.model.kv_cache import KVCache, KVShape, Slot, for_model
 
 PROBE_DISTANCE = 1021
 """How far ``unplaceable`` moves its probe: long, and no multiple of a period."""
@@ -69,7 +69,7 @@ def _lone_token_keys(model: PreTrainedModel, shape: KVShape, position: int) -> l
         model.base_model(
             input_ids=torch.tensor([[7]], device=shape.device),
             position_ids=torch.tensor([[position]], device=shape.device),
-            past_key_values=cache.for_model(),
+            past_key_values=for_model([Slot(cache, 1)]),
             use_cache=True,
         )
     return [layer[0] for layer in cache.layers]
