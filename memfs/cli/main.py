@@ -2,7 +2,8 @@
 
 Only the module of the command that was called is imported, so that ``memfs --help`` and the
 commands that need no more than a socket start at once. A command module has ``HELP``, ``EPILOG``,
-``add_arguments(parser)`` and ``run(args) -> exit code``. The main thread.
+``add_arguments(parser)`` and ``run(args) -> exit code``; ``args.given`` is what was typed. The main
+thread.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The options before the command take no value, so the first word that is none is the command.
     command = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(command)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(arguments, argparse.Namespace(given=arguments))
     if args.command is None:
         parser.print_help(sys.stderr)
         return USAGE_ERROR

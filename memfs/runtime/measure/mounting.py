@@ -5,7 +5,6 @@ Runs in the process that asks, over a model loaded there: nothing of a running d
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections import deque
@@ -19,6 +18,7 @@ import torch
 
 from memfs.config import Config
 from memfs.runtime.kv import kv_store
+from memfs.runtime.measure.spread import spread
 from memfs.runtime.model.resident import Resident, load
 from memfs.runtime.model.spare import MOST, spare
 
@@ -35,8 +35,8 @@ def mount_rates(
     a CPU by one memcpy (a mount is one thread too), on an accelerator from a pinned buffer.
 
     Returns:
-        One line for each number of tokens: bytes, median seconds of both, and the median of the
-        ratios of the paired runs (1.0: mounting is as fast as the plain copy).
+        One line for each number of tokens: bytes, seconds of both, and the ratios of the paired
+        runs (1.0: mounting is as fast as the plain copy).
     """
     resident = load(directory, config)
     lines = []
@@ -73,9 +73,9 @@ def _paired(resident: Resident, fd: int, tokens: int, runs: int) -> Facts:
         "tokens": tokens,
         "bytes": nbytes,
         "device": str(device),
-        "mount_s": statistics.median(mounts[1:]),
-        "copy_s": statistics.median(copies[1:]),
-        "share_of_copy": statistics.median(shares),
+        "mount_s": spread(mounts[1:]),
+        "copy_s": spread(copies[1:]),
+        "share_of_copy": spread(shares),
     }
 
 

@@ -6,6 +6,7 @@ and each time in another order, so that what else the machine does falls on all 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,19 +19,25 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from memfs.cli.bench.harness import Facts, Say
 from memfs.errors import MountFailed, NotFound
-from memfs.filesystem import libfuse, measure
+from memfs.filesystem import libfuse
+from memfs.filesystem import measure as measures
 from memfs.filesystem.measure import Place
+
+EPILOG = """\
+examples:
+  memfs bench fs --runs 3
+  memfs bench fs --dir /mnt/disk --fuse ./passthrough_fh
+
+No model is needed. As root the kernel's caches of names are emptied before each find.
+"""
 
 C_PROGRAMS = ("passthrough_hp", "passthrough_fh", "bindfs")
 """FUSE programs in C that show a directory as it is: the first two are examples of libfuse's."""
 QUIET_SECONDS = 1.5
 """An index that takes in nothing new for so long is complete."""
-
-Facts = dict[str, Any]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,44 +55,54 @@ class Measure:
 
 
 MEASURES = (
-    Measure("blob read, warm", measure.blob_warm, "MB/s", ">= 95% of the disk", ">= 85% of C"),
-    Measure("blob read, cold", measure.blob_cold, "MB/s", ">= 90% of the disk", ">= 60% of C"),
-    Measure("copies of it in memory", measure.copies, "", "1", ""),
+    Measure("blob read, warm", measures.blob_warm, "MB/s", ">= 95% of the disk", ">= 85% of C"),
+    Measure("blob read, cold", measures.blob_cold, "MB/s", ">= 90% of the disk", ">= 60% of C"),
+    Measure("copies of it in memory", measures.copies, "", "1", ""),
     Measure(
         "blob read, warm, not yet in the model",
-        measure.blob_warm,
+        measures.blob_warm,
         "MB/s",
         options="mount_on_read=on",
     ),
-    Measure("find, files in plain directories, cold", measure.walk_plain, "s", "<= 0.7 s"),
-    Measure("find, files in cubes, cold", measure.walk_cubes, "s"),
-    Measure("getattr", measure.getattr_, "µs", "<= 45 µs"),
-    Measure("open and close", measure.open_close, "µs", "<= 90 µs"),
-    Measure("write, 1 MiB at a time", measure.write, "MB/s", ">= 500 MB/s"),
-    Measure("creating files", measure.create, "1/s", ">= 45% of the disk"),
+    Measure("find, files in plain directories, cold", measures.walk_plain, "s", "<= 0.7 s"),
+    Measure("find, files in cubes, cold", measures.walk_cubes, "s"),
+    Measure("getattr", measures.getattr_, "µs", "<= 45 µs"),
+    Measure("open and close", measures.open_close, "µs", "<= 90 µs"),
+    Measure("write, 1 MiB at a time", measures.write, "MB/s", ">= 500 MB/s"),
+    Measure("creating files", measures.create, "1/s", ">= 45% of the disk"),
 )
 
 
-def run(runs: int, files: int, directory: str | None, program: str | None, say: Say) -> Facts:
-    """Measures, in a store of its own in ``directory`` (by default where temporary files go).
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--files", type=int, default=100_000, metavar="N", help="that find sees (100000)"
+    )
+    parser.add_argument("--dir", help="on the disk to be measured (where temporary files go)")
+    parser.add_argument(
+        "--fuse",
+        metavar="PROGRAM",
+        help="in C, called with a directory and a mountpoint (passthrough_hp, passthrough_fh or"
+        " bindfs, the first on the PATH)",
+    )
 
-    Args:
-        files: how many a walk finds.
-        program: the C program; None for the first of C_PROGRAMS that is installed.
+
+def measure(args: argparse.Namespace, say: Say) -> Facts:
+    """Measures in a store of its own.
 
     Raises:
         MountFailed: memfs or the C program could not mount.
         NotFound: there is no such program.
     """
-    program = _program(program)
+    runs, files = args.runs, args.files
+    program = _program(args.fuse)
     library = libfuse.find()
     lines: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="memfs-bench-", dir=directory) as name:
+    with tempfile.TemporaryDirectory(prefix="memfs-bench-", dir=args.dir) as name:
         root = Path(os.path.realpath(name))
         store = root / "store"
         store.mkdir()
         say("making the files")
-        measure.prepare(store, files, runs)
+        measures.prepare(store, files, runs)
         passthrough: Facts = {}
         for options in dict.fromkeys(m.options for m in MEASURES):
             chosen = [m for m in MEASURES if m.options == options]
@@ -110,12 +127,12 @@ def run(runs: int, files: int, directory: str | None, program: str | None, say: 
         "disk": kind.stdout.strip(),
         "c": os.path.basename(program) if program else None,
         "files": files,
-        "cold_walks": measure.can_drop_caches(),
+        "cold_walks": measures.can_drop_caches(),
         "fs": [_line(m, lines[m.name], passed=passthrough["on"]) for m in MEASURES],
     }
 
 
-def print_facts(facts: Facts) -> None:
+def show(facts: Facts) -> None:
     """The result as a table in Markdown."""
     mode = "with passthrough" if facts["passthrough"]["on"] else "without passthrough"
     print(

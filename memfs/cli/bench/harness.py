@@ -1,0 +1,134 @@
+"""What the kinds of bench share: a runtime of their own, texts of a length, tables of results.
+
+The main thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memfs.cli import output, targets
+from memfs.config import Config
+from memfs.cube import layout
+from memfs.runtime.client import RuntimeClient, stop
+from memfs.runtime.model import model_store
+
+Facts = dict[str, Any]
+Say = Callable[[str], None]
+Cube = dict[str, Any]
+"""As the protocol names one."""
+
+
+def machine() -> Facts:
+    """When and where something is measured."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{names[0] if names else platform.machine()}, {cores} cores",
+        "python": platform.python_version(),
+    }
+
+
+def numbers(text: str) -> list[int]:
+    """The type of an argument such as ``--tokens 256,1024``."""
+    return [int(part) for part in text.split(",")]
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The configuration, with what ``targets.add_model_arguments`` was given."""
+    return Config.load(model=args.model, device=args.device, dtype=args.dtype)
+
+
+def model_directory(config: Config, say: Say) -> Path:
+    """The model that is measured, made or fetched where it is not there yet."""
+    return model_store.resolve(config.model, config, say)
+
+
+@contextmanager
+def runtime(config: Config) -> Iterator[RuntimeClient]:
+    """A runtime of the bench's own, its model loaded, beside any that is running."""
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    with tempfile.TemporaryDirectory(prefix="memfs-bench-") as directory:
+        os.environ["XDG_RUNTIME_DIR"] = directory
+        try:
+            with targets.runtime(config) as client:
+                yield client
+        finally:
+            stop(config)
+            if before is None:
+                del os.environ["XDG_RUNTIME_DIR"]
+            else:
+                os.environ["XDG_RUNTIME_DIR"] = before
+
+
+class Store:
+    """A store of the bench's own, without a mount."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def cube(self, name: str, text: str) -> Cube:
+        """A new cube of this text."""
+        directory = self.root / name
+        directory.mkdir()
+        (directory / layout.PAYLOAD).write_text(text)
+        return {"store": str(self.root), "path": name}
+
+
+@contextmanager
+def store() -> Iterator[Store]:
+    """A store where temporary files go, gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="memfs-bench-") as name:
+        root = Path(os.path.realpath(name))
+        (root / layout.CONTROL).mkdir()
+        yield Store(root)
+
+
+def text_of(directory: Path, tokens: int, seed: int = 0) -> str:
+    """Prose of ``tokens`` tokens as a memory for the model in ``directory``.
+
+    Texts with other seeds differ from the first sentence on.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    text = "".join(
+        f"On day {n} the keeper saw {n * 7 % 41} ships pass the light, trimmed {n * 5 % 13} lamps "
+        f"and wrote that the wind had turned to the {('north', 'east', 'south', 'west')[n % 4]}. "
+        for n in range(seed + 1, seed + tokens // 20 + 2)
+    )
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return text[: encoded.offsets[tokens - 2][1]]  # one token more ends every memory
+
+
+def show_lines(lines: Sequence[Facts]) -> None:
+    """Prints lines that have the same columns as a table.
+
+    A value is a number, a text, or what ``spread`` gives. The column's name says the unit:
+    ``bytes``, ``share…`` and ``less…`` are shares, ``…_s`` is in seconds.
+    """
+    columns = list(lines[0])
+    print(output.table([[_cell(c, line[c]) for c in columns] for line in lines], columns))
+
+
+def _cell(column: str, value: object) -> str:
+    if isinstance(value, dict):
+        low, high = (_cell(column, value[name]) for name in ("min", "max"))
+        return f"{_cell(column, value['median'])} ({low} to {high})"
+    if column == "bytes" and isinstance(value, int):
+        return output.size(value)
+    if column.startswith(("less", "share")) and isinstance(value, float):
+        return f"{value:.1%}"
+    if column.endswith("_s") and isinstance(value, float):
+        return output.seconds(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
