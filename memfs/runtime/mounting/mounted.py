@@ -69,13 +69,23 @@ class Mounted:
         """The cubes that a user has mounted, in the order of mounting."""
         return list(self._sessions.get(uid, {}).values())
 
+    async def in_io(self, function: Callable[..., R], *args: object) -> R:
+        """Runs what blocks in an I/O thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+    async def open(self, caller: Caller, cube: Cube, right: str) -> Files:
+        """A cube's files, to be closed. Raises NotAllowed where a caller has not a right."""
+        with self.denying(cube, caller.uid, right):
+            files: Files = await self.in_io(cube.open, caller, right)
+        return files
+
     async def mount(self, files: Files, uid: int, *, pin: bool = False) -> Entry[Memory]:
         """Puts a cube's KV cache into the model and the user's session.
 
         Raises what ``load`` raises; what was mounted before stays.
         """
         entry = await self.load(files, uid)
-        entry.pinned = entry.pinned or pin or await self._in_io(files.pinned)
+        entry.pinned = entry.pinned or pin or await self.in_io(files.pinned)
         self.join(files.cube, uid, entry)
         return entry
 
@@ -94,7 +104,7 @@ class Mounted:
         # Two readers of one cube share one load.
         async with self._loading.setdefault(cube.key, asyncio.Lock()):
             entry = self.residency.peek(cube.key)
-            if entry and not await self._in_io(_unchanged, entry.value, files):
+            if entry and not await self.in_io(_unchanged, entry.value, files):
                 self._drop(cube.key, "its files changed")
                 entry = None
             if entry is None:
@@ -107,12 +117,12 @@ class Mounted:
             return entry
 
     async def _load(self, files: Files) -> Entry[Memory]:
-        text: Text = await self._in_io(files.text)
-        fd, signature = await self._in_io(files.open_kv)
-        header = await self._in_io(kv_store.fit, fd, self.resident.fingerprint, text.sha256)
+        text: Text = await self.in_io(files.text)
+        fd, signature = await self.in_io(files.open_kv)
+        header = await self.in_io(kv_store.fit, fd, self.resident.fingerprint, text.sha256)
         rows = self.resident.base + header.tokens + kv_store.ROOM
         self._evict_for(rows * self.resident.shape.token_bytes)
-        cache, _ = await self._in_io(kv_store.read, fd, self.resident, text.sha256)
+        cache, _ = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
         self._evict_for(cache.nbytes)  # another may have come in while this one was read
         memory = Memory(files.cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(files.cube.key, memory, header.tokens)
@@ -168,7 +178,7 @@ class Mounted:
         It stays in the sessions it is in: their next question is answered from its text.
         """
         entry = self.residency.peek(cube.key)
-        if entry and not await self._in_io(_still_there, entry.value, cube):
+        if entry and not await self.in_io(_still_there, entry.value, cube):
             self._drop(cube.key, "its files changed")
 
     def moved(self, root: str, old: str, new: str) -> None:
@@ -219,7 +229,7 @@ class Mounted:
         """The same for a user: of what he may mount, and without other users' sessions."""
         told = []
         for cube, line in [(entry.value.cube, self._line(entry)) for entry in self.residency]:
-            if cube is not None and await self._in_io(cube.visible, caller):
+            if cube is not None and await self.in_io(cube.visible, caller):
                 own = [uid for uid in line["sessions"] if uid == caller.uid]
                 told.append({**line, "sessions": own})
         return told
@@ -255,9 +265,6 @@ class Mounted:
     def _announce_gone(self, entry: Entry[Memory], reason: str) -> None:
         if entry.value.cube is not None:
             self.announce("unmounted", entry.value.cube, reason=reason)
-
-    async def _in_io(self, function: Callable[..., R], *args: object) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
 
 
 def _unchanged(memory: Memory, files: Files) -> bool:

@@ -1,0 +1,118 @@
+"""A question from end to end: its memories, the cache that is lent to it, the job that answers.
+
+Used by the service, in its event loop; ``answering`` is what runs in the model's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from memfs.cube import layout
+from memfs.cube.access import Caller
+from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound
+from memfs.runtime.asking.answering import Answer, Part, Question, answer
+from memfs.runtime.cubes import Cube, Text
+from memfs.runtime.mounting.mounted import Memory, Mounted
+from memfs.runtime.mounting.residency import Entry
+from memfs.runtime.worker import Priority, Worker
+
+MAX_ANSWER = 4096
+"""Tokens of one answer, whatever a request says."""
+
+
+class Asking:
+    """Answers questions from a mounted set."""
+
+    def __init__(self, mounted: Mounted, worker: Worker) -> None:
+        self._mounted = mounted
+        self._worker = worker
+
+    async def ask(
+        self,
+        asked_at: float,
+        caller: Caller,
+        cubes: list[Cube] | None,
+        question: str,
+        *,
+        kv: bool,
+        limit: int,
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Answers from the cubes named, or from the caller's session where none is named.
+
+        Yields the answer's events, in the end its report as ``{"ok": …}``.
+
+        Args:
+            asked_at: ``time.perf_counter()`` when the request came in.
+            kv: False to use the texts alone.
+            limit: tokens of the answer, at most.
+        """
+        mounted = self._mounted
+        named = mounted.session(caller.uid) if cubes is None else cubes
+        if not 0 < limit <= MAX_ANSWER:
+            raise InvalidRequest(f"an answer has 1 to {MAX_ANSWER} tokens, not {limit}")
+        parts: list[Part] = []
+        entries: list[Entry[Memory]] = []
+        try:
+            for cube in list(named):
+                try:
+                    part, entry = await self._part(caller, cube, parts, kv=kv)
+                except (NotFound, NotAllowed):
+                    if cubes is not None:
+                        raise
+                    named.remove(cube)  # it was mounted once, and is gone since, or closed to them
+                    mounted.leave(cube, caller.uid)
+                    continue
+                parts.append(part)
+                if entry:
+                    entry.users += 1
+                    entries.append(entry)
+            whole = Question(question, parts, limit, asked_at, drop_oldest=cubes is None)
+            key = None
+            if entries and len(entries) == len(parts):
+                key, whole.lent = mounted.lend(entries)
+            job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
+            try:
+                async for event in job:
+                    if event["event"] != "step":
+                        yield event
+            except BaseException:
+                job.cancel()
+                raise
+            assert job.result is not None
+            self._after(caller, named, key, job.result)
+            yield {"ok": job.result.report}
+        finally:
+            for entry in entries:
+                entry.users -= 1
+
+    async def _part(
+        self, caller: Caller, cube: Cube, before: list[Part], *, kv: bool
+    ) -> tuple[Part, Entry[Memory] | None]:
+        """One memory of a question: its KV cache where that fits, else its text and the reason."""
+        mounted = self._mounted
+        why = "not wanted" if not kv else None
+        if kv and before and mounted.resident.unplaceable:
+            why = f"several cubes cannot be placed: {mounted.resident.unplaceable}"
+        root = str(cube.store.root)
+        with await mounted.open(caller, cube, "mount") as files:
+            if why is None:
+                try:
+                    entry = await mounted.load(files, caller.uid)
+                    return Part(cube.path, root, None, entry.value.cache), entry
+                except NotFound:
+                    why = f"it has no {layout.KV}"
+                except MemfsError as e:
+                    why = str(e)
+                except OSError as e:
+                    why = f"{layout.KV}: {e.strerror}"
+            text: Text = await mounted.in_io(files.text)
+        return Part(cube.path, root, text.text, None, why), None
+
+    def _after(self, caller: Caller, named: list[Cube], key: str | None, done: Answer) -> None:
+        """Keeps what was placed for the next question, and announces who was asked."""
+        mounted = self._mounted
+        if key and done.placed is not None and mounted.residency.peek(key) is None:
+            mounted.keep_placed(key, done.placed)
+        for cube, line in zip(named, done.report["cubes"], strict=True):
+            mounted.announce("asked", cube, uid=caller.uid, how=line["how"])
