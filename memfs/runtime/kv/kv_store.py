@@ -87,9 +87,10 @@ def write(
     dtype = DTYPES[resident.fingerprint["dtype"]]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        yield TOKEN_IDS, torch.tensor(ids, dtype=torch.int32)
         for index, layer in enumerate(cache.layers):
             yield layer_name(index), layer[:, :, rows].cpu().contiguous()
+        # Last: their length is any, and the layers are to stand at whole cache lines (ALIGNMENT).
+        yield TOKEN_IDS, torch.tensor(ids, dtype=torch.int32)
 
     shapes: dict[str, tuple[str, Sequence[int]]] = {}
     checksums = {}
