@@ -10,6 +10,7 @@ import datetime
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,24 +112,41 @@ def text_of(directory: Path, tokens: int, seed: int = 0) -> str:
     return text[: encoded.offsets[tokens - 2][1]]  # one token more ends every memory
 
 
+def settle() -> None:
+    """Waits as long as a runtime takes to make memory ready for the next mount.
+
+    It does that when nobody has asked for half a second, so between two people's questions.
+    """
+    time.sleep(1)
+
+
 def show_lines(lines: Sequence[Facts]) -> None:
-    """Prints lines that have the same columns as a table.
+    """Prints lines that have the same columns as a table in Markdown.
 
     A value is a number, a text, or what ``spread`` gives. The column's name says the unit:
     ``bytes``, ``share…`` and ``less…`` are shares, ``…_s`` is in seconds.
     """
     columns = list(lines[0])
-    print(output.table([[_cell(c, line[c]) for c in columns] for line in lines], columns))
+    rows = [columns, *([_cell(c, line[c]) for c in columns] for line in lines)]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    for row in rows:
+        print(f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |")
 
 
 def _cell(column: str, value: object) -> str:
     if isinstance(value, dict):
-        low, high = (_cell(column, value[name]) for name in ("min", "max"))
-        return f"{_cell(column, value['median'])} ({low} to {high})"
+        low, middle, high = (_cell(column, value[name]) for name in ("min", "median", "max"))
+        return f"{middle} ({low} to {high})"
     if column == "bytes" and isinstance(value, int):
         return output.size(value)
-    if column.startswith(("less", "share")) and isinstance(value, float):
-        return f"{value:.1%}"
-    if column.endswith("_s") and isinstance(value, float):
-        return output.seconds(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        if column.startswith(("less", "share")):
+            return f"{value:.1%}"
+        return _seconds(value) if column.endswith("_s") else f"{value:.4g}"
+    return str(value)
+
+
+def _seconds(value: float) -> str:
+    """A duration: what takes milliseconds has a digit more than people are shown elsewhere."""
+    return f"{value * 1000:.1f} ms" if value < 0.01 else output.seconds(value)
