@@ -7,7 +7,6 @@ that the default model is fetched and converted once and not once a session.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -128,24 +127,21 @@ def make_kv() -> Callable[..., bytes]:
     The fixture ``kv_model`` is the model it fits, but for the fields that are given.
     """
     import numpy as np
-    import xxhash
-    from safetensors.numpy import save
 
     from memfs.cube import kvfile
-    from memfs.cube.fingerprint import CHECKSUMS
+    from tests.kvbytes import kv_bytes
 
     def make(payload: bytes, **fields: str) -> bytes:
         data = {
             kvfile.layer_name(i): np.full((2, 1, 3, 2), i, np.float32)
             for i in range(int(KV_MODEL["layers"]))
         } | {kvfile.TOKEN_IDS: np.arange(3, dtype=np.int32)}
-        sums = {name: xxhash.xxh3_64_hexdigest(array.tobytes()) for name, array in data.items()}
         text = {
             "token_count": "3",
             "token_ids_sha256": hashlib.sha256(data[kvfile.TOKEN_IDS].tobytes()).hexdigest(),
             "payload_sha256": hashlib.sha256(payload).hexdigest(),
         }
-        return save(data, {CHECKSUMS: json.dumps(sums)} | KV_MODEL | text | fields)
+        return kv_bytes(KV_MODEL | text | fields, data)
 
     return make
 

@@ -45,11 +45,17 @@ CHECKSUMS = "xxh3"
 """Metadata key of the checksums: JSON object, tensor name to xxh3-64 in hex."""
 
 
+FIELDS = (*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS)
+"""All fields, in the order in which they stand in a file."""
+
+
 def require_fields(found: Mapping[str, str]) -> None:
-    """Raises KVCorrupt naming the first field that is missing."""
-    for name in (*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS):
+    """Raises KVCorrupt naming the first field that is missing, or that is none."""
+    for name in FIELDS:
         if name not in found:
             raise KVCorrupt(f"its fingerprint has no {name}")
+    if more := found.keys() - set(FIELDS):
+        raise KVCorrupt(f"its fingerprint has {min(more)[:40]!a}, which is none of its fields")
 
 
 def require_model(found: Mapping[str, str], model: Mapping[str, str]) -> None:
@@ -77,4 +83,5 @@ def require_text(found: Mapping[str, str], payload_sha256: str) -> None:
 
 def _short(value: str) -> str:
     """A field's value as an error shows it."""
-    return value if len(value) <= 40 else value[:12] + "…"
+    shown = value if len(value) <= 40 else value[:12] + "…"
+    return shown if shown.isprintable() else ascii(shown)

@@ -16,13 +16,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import xxhash
 
-from memfs.cube.fingerprint import CHECKSUMS, FORMAT, require_fields, require_model
+from memfs.cube.fingerprint import CHECKSUMS, FIELDS, FORMAT, require_fields, require_model
 from memfs.errors import KVCorrupt
 
 TOKEN_IDS = "token_ids"
@@ -73,6 +73,8 @@ class Header:
 def read_header(fd: int, model: Mapping[str, str] | None = None) -> Header:
     """The header of the open file, all of it checked against itself and against the file's size.
 
+    Every byte counts: a header that says the same in other words is refused, too.
+
     Args:
         model: the resident model's part of the fingerprint, where it is to be compared: before
             anything is believed, so that a refusal names the field and not what follows from it.
@@ -103,12 +105,15 @@ def read_header(fd: int, model: Mapping[str, str] | None = None) -> Header:
         raise KVCorrupt("its header has no metadata of strings")
     require_fields(fingerprint)
     if fingerprint["format"] != FORMAT:
-        raise KVCorrupt(f"format is {fingerprint['format'][:40]!r}, not {FORMAT!r}")
+        raise KVCorrupt(f"format is {fingerprint['format'][:40]!a}, not {FORMAT!r}")
     if model is not None:
         require_model(fingerprint, model)
     tensors = _tensors(raw, data_offset=8 + length, size=size)
-    _check_shapes(fingerprint, tensors)
-    return Header(fingerprint, tensors, _checksums(fingerprint, tensors), 8 + length)
+    shapes = _checked_shapes(fingerprint, tensors)
+    checksums = _checksums(fingerprint, shapes)
+    if start + text != header_bytes(fingerprint, shapes):
+        raise KVCorrupt("its header is not written as memfs writes it")
+    return Header(fingerprint, tensors, checksums, 8 + length)
 
 
 def header_bytes(
@@ -117,9 +122,10 @@ def header_bytes(
     """The beginning of a file whose tensors follow in the order of ``shapes``, without a gap.
 
     Args:
+        fingerprint: all its fields, in any order.
         shapes: tensor name to (dtype as safetensors names it, shape).
     """
-    entries: dict[str, object] = {"__metadata__": dict(fingerprint)}
+    entries: dict[str, object] = {"__metadata__": {name: fingerprint[name] for name in FIELDS}}
     end = 0
     for name, (dtype, shape) in shapes.items():
         nbytes = math.prod(shape) * ITEM_BYTES[dtype]
@@ -132,6 +138,11 @@ def header_bytes(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)  # safetensors pads to 8
     return struct.pack("<Q", len(text)) + text
+
+
+def checksums_text(checksums: Mapping[str, str]) -> str:
+    """The field of the checksums; they stand in it as the tensors do in the file."""
+    return json.dumps(dict(checksums))
 
 
 def check_tensors(fd: int, header: Header) -> None:
@@ -167,22 +178,24 @@ def _tensors(raw: Mapping[str, object], *, data_offset: int, size: int) -> dict[
     found: dict[str, Tensor] = {}
     for name, entry in raw.items():
         if not isinstance(entry, dict):
-            raise KVCorrupt(f"{name[:40]} is not described by an object")
+            raise KVCorrupt(f"{name[:40]!a} is not described by an object")
+        if more := entry.keys() - {"dtype", "shape", "data_offsets"}:
+            raise KVCorrupt(f"{name[:40]!a} has {min(more)[:40]!a}, which is none of its fields")
         dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            raise KVCorrupt(f"dtype of {name[:40]} is {str(dtype)[:20]!r}")
+            raise KVCorrupt(f"dtype of {name[:40]!a} is {str(dtype)[:20]!a}")
         if not _naturals(shape) or not _naturals(span) or len(span) != 2:
-            raise KVCorrupt(f"shape or data_offsets of {name[:40]} are not natural numbers")
+            raise KVCorrupt(f"shape or data_offsets of {name[:40]!a} are not natural numbers")
         nbytes = ITEM_BYTES[dtype]
         for extent in shape:
             nbytes *= extent
         if span[1] - span[0] != nbytes:
-            raise KVCorrupt(f"data_offsets of {name[:40]} do not span its shape")
+            raise KVCorrupt(f"data_offsets of {name[:40]!a} do not span its shape")
         found[name] = Tensor(dtype, tuple(shape), data_offset + span[0], nbytes)
     end = data_offset
     for name, tensor in sorted(found.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
-            raise KVCorrupt(f"data_offsets of {name[:40]} leave a gap or overlap")
+            raise KVCorrupt(f"data_offsets of {name[:40]!a} leave a gap or overlap")
         end += tensor.nbytes
     if end != size:
         raise KVCorrupt(f"the file is {size} bytes long, its tensors end at {end}")
@@ -193,23 +206,26 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
 
 
-def _check_shapes(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor has the dtype and shape that the fingerprint says."""
+def _checked_shapes(
+    fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What the fingerprint says of every tensor, in their order: it is what they are."""
     numbers = {}
     for name in ("layers", "kv_heads", "head_dim", "token_count", "base_position"):
         text = fingerprint[name]
         if not (text.isascii() and text.isdigit() and len(text) < 10):
-            raise KVCorrupt(f"{name} is {text[:40]!r}")
+            raise KVCorrupt(f"{name} is {text[:40]!a}")
         numbers[name] = int(text)
     tokens, layers = numbers["token_count"], numbers["layers"]
     dtype = DTYPES.get(fingerprint["dtype"])
     if dtype is None:
-        raise KVCorrupt(f"dtype is {fingerprint['dtype'][:40]!r}")
+        raise KVCorrupt(f"dtype is {fingerprint['dtype'][:40]!a}")
     if len(tensors) != layers + 1:
         raise KVCorrupt(f"layers is {layers}, tensors are {len(tensors)}")
     shape = (2, numbers["kv_heads"], tokens, numbers["head_dim"])
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {TOKEN_IDS: ("I32", (tokens,))}
-    expected |= {layer_name(i): (dtype, shape) for i in range(layers)}
+    expected: dict[str, tuple[str, tuple[int, ...]]]
+    expected = {layer_name(i): (dtype, shape) for i in range(layers)}
+    expected[TOKEN_IDS] = ("I32", (tokens,))
     for name, (kind, extents) in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -219,13 +235,17 @@ def _check_shapes(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor])
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, where kv_heads, token_count, "
                 f"head_dim and dtype say {kind} {list(extents)}"
             )
+    return expected
 
 
-def _checksums(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _checksums(fingerprint: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
     try:
         found = json.loads(fingerprint[CHECKSUMS])
     except (ValueError, RecursionError) as e:
         raise KVCorrupt(f"{CHECKSUMS} is not JSON") from e
-    if not isinstance(found, dict) or found.keys() != tensors.keys():
+    if not isinstance(found, dict) or found.keys() != set(names):
         raise KVCorrupt(f"{CHECKSUMS} does not name the tensors there are")
-    return {name: str(value) for name, value in found.items()}
+    checksums = {name: str(found[name]) for name in names}
+    if fingerprint[CHECKSUMS] != checksums_text(checksums):
+        raise KVCorrupt(f"{CHECKSUMS} is not written as memfs writes it")
+    return checksums

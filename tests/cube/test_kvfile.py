@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from memfs.cube import kvfile
 from memfs.cube.fingerprint import (
@@ -27,6 +26,7 @@ from memfs.cube.fingerprint import (
     require_text,
 )
 from memfs.errors import KVCorrupt, KVForeign, KVStale
+from tests.kvbytes import kv_bytes
 
 LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 2, 5, 4
 
@@ -46,21 +46,18 @@ def fingerprint() -> dict[str, str]:
 
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
     random = np.random.default_rng(0)
-    found: dict[str, np.ndarray[Any, Any]] = {
+    layers: dict[str, np.ndarray[Any, Any]] = {
         kvfile.layer_name(i): random.standard_normal((2, HEADS, TOKENS, HEAD_DIM), np.float32)
         for i in range(LAYERS)
     }
-    found[kvfile.TOKEN_IDS] = np.arange(TOKENS, dtype=np.int32)
-    return found
+    return layers | {kvfile.TOKEN_IDS: np.arange(TOKENS, dtype=np.int32)}
 
 
 def written(
     fields: dict[str, str] | None = None, data: dict[str, np.ndarray[Any, Any]] | None = None
 ) -> bytes:
     """A whole file; the checksums are right unless ``fields`` has its own."""
-    data = tensors() if data is None else data
-    sums = {name: xxhash.xxh3_64_hexdigest(array.tobytes()) for name, array in data.items()}
-    return save(data, {CHECKSUMS: json.dumps(sums)} | (fingerprint() if fields is None else fields))
+    return kv_bytes(fields or fingerprint(), data or tensors())
 
 
 def check(path: Path, content: bytes) -> kvfile.Header:
@@ -81,7 +78,8 @@ def edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     edit(header)
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % kvfile.ALIGNMENT)
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
@@ -167,7 +165,7 @@ def test_every_flipped_bit_of_the_tensors_is_seen(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(at=st.integers(0), value=st.integers(1, 255))
 def test_a_damaged_header_never_passes_as_another_one(at: int, value: int, tmp_path: Path) -> None:
-    """Whatever byte of it changes: a refusal, or the same tensors under another fingerprint."""
+    """Whatever byte of it changes: a refusal, or another fingerprint of the same tensors."""
     whole = written()
     length = 8 + struct.unpack("<Q", whole[:8])[0]
     damaged = bytearray(whole)
@@ -176,7 +174,42 @@ def test_a_damaged_header_never_passes_as_another_one(at: int, value: int, tmp_p
         header = check(tmp_path / "kv", bytes(damaged))
     except KVCorrupt:
         return
-    assert header.tensors == check(tmp_path / "whole", whole).tensors
+    good = check(tmp_path / "whole", whole)
+    assert header.tensors == good.tensors
+    assert header.fingerprint != good.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda h: h["__metadata__"].update(note="x"), "'note', which is none of its fields"),
+        (lambda h: h["__metadata__"].update({"\x1b[2J": "x"}), r"'\\x1b\[2J'"),
+        (lambda h: _tensor(h).update(note=1), "'layers.000' has 'note'"),
+        (lambda h: h.update({"layers.000": h.pop("layers.000")}), "not written as"),
+        (lambda h: h["__metadata__"].update(format=h["__metadata__"].pop("format")), "not written"),
+        (lambda h: _tensor(h).update(dtype=_tensor(h).pop("dtype")), "not written as"),
+        (lambda h: _respaced(h["__metadata__"]), f"{CHECKSUMS} is not written as"),
+    ],
+)
+def test_a_header_with_more_or_in_another_order_is_refused(
+    edit: Callable[[dict[str, Any]], None], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(KVCorrupt, match=named):
+        check(tmp_path / "kv", edited(edit))
+
+
+def _respaced(metadata: dict[str, str]) -> None:
+    metadata[CHECKSUMS] = json.dumps(json.loads(metadata[CHECKSUMS]), indent=1)
+
+
+@pytest.mark.parametrize("other", [b"\t", b"\n"])
+def test_what_fills_the_header_up_counts_too(other: bytes, tmp_path: Path) -> None:
+    whole = edited(lambda header: header["__metadata__"].update(adapter="another"))
+    length = 8 + struct.unpack("<Q", whole[:8])[0]
+    assert whole[length - 1 : length] == b" "
+    check(tmp_path / "kv", whole)
+    with pytest.raises(KVCorrupt, match="not written as"):
+        check(tmp_path / "kv", whole[: length - 1] + other + whole[length:])
 
 
 def _tensor(header: dict[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 
 import xxhash
 
 from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS
+from memfs.cube.kvfile import header_bytes
 
 MODEL = dict.fromkeys(MODEL_FIELDS, "0") | {
     "format": FORMAT,
@@ -30,20 +30,10 @@ def kv_file(text: bytes, tokens: int = 8, model: dict[str, str] | None = None) -
         "payload_sha256": hashlib.sha256(text).hexdigest(),
         "xxh3": json.dumps(
             {
-                "token_ids": xxhash.xxh3_64(ids).hexdigest(),
                 "layers.000": xxhash.xxh3_64(layer).hexdigest(),
+                "token_ids": xxhash.xxh3_64(ids).hexdigest(),
             }
         ),
     }
-    header = {
-        "__metadata__": metadata,
-        "token_ids": {"dtype": "I32", "shape": [tokens], "data_offsets": [0, len(ids)]},
-        "layers.000": {
-            "dtype": "F32",
-            "shape": [2, 1, tokens, 4],
-            "data_offsets": [len(ids), len(ids) + len(layer)],
-        },
-    }
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw + ids + layer
+    shapes = {"layers.000": ("F32", [2, 1, tokens, 4]), "token_ids": ("I32", [tokens])}
+    return header_bytes(metadata, shapes) + layer + ids

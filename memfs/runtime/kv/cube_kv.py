@@ -27,7 +27,7 @@ def ready(cube: Cube, resident: Resident, text: Text) -> dict[str, Any] | None:
         if fd is None:
             return None
         try:
-            header = kv_store.fit(fd, resident.fingerprint, text.sha256)
+            header = kv_store.fit(fd, resident, text.sha256)
             check_tensors(fd, header)
         except MemfsError:
             return None

@@ -9,11 +9,10 @@ short while it is read is then an error, not a bus error. Used by the service, i
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import xxhash
@@ -23,6 +22,7 @@ from memfs.cube.kvfile import (
     DTYPES,
     TOKEN_IDS,
     Header,
+    checksums_text,
     header_bytes,
     layer_name,
     read_header,
@@ -47,7 +47,7 @@ def read(
     Raises:
         KVCorrupt, KVForeign, KVStale: naming the first field or tensor that is not right.
     """
-    header = fit(fd, resident.fingerprint, payload_sha256)
+    header = fit(fd, resident, payload_sha256)
     ids = _token_ids(fd, header)
     rows = resident.base + header.tokens + room
     if resident.shape.device.type == "cuda":
@@ -63,13 +63,15 @@ def read(
     return cache, ids
 
 
-def fit(fd: int, model: Mapping[str, str], payload_sha256: str | None) -> Header:
+def fit(fd: int, resident: Resident, payload_sha256: str | None) -> Header:
     """The header of a file whose fingerprint fits this model and text; its data is not read.
 
     Raises:
         KVCorrupt, KVForeign, KVStale: naming the first field that is not right.
     """
-    header = read_header(fd, model)
+    header = read_header(fd, resident.fingerprint)
+    if header.tokens > resident.context:  # a file with holes costs nothing to make
+        raise KVCorrupt(f"token_count is {header.tokens}; the model takes {resident.context}")
     if payload_sha256 is not None:
         require_text(header.fingerprint, payload_sha256)
     return header
@@ -102,7 +104,7 @@ def write(
         "token_count": str(len(ids)),
         "token_ids_sha256": ids_digest(ids),
         "payload_sha256": payload_sha256,
-        CHECKSUMS: json.dumps(checksums),
+        CHECKSUMS: checksums_text(checksums),
     }
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(header_bytes(fingerprint, shapes))

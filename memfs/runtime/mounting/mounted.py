@@ -119,7 +119,7 @@ class Mounted:
     async def _load(self, files: Files) -> Entry[Memory]:
         text: Text = await self.in_io(files.text)
         fd, signature = await self.in_io(files.open_kv)
-        header = await self.in_io(kv_store.fit, fd, self.resident.fingerprint, text.sha256)
+        header = await self.in_io(kv_store.fit, fd, self.resident, text.sha256)
         rows = self.resident.base + header.tokens + kv_store.ROOM
         self._evict_for(rows * self.resident.shape.token_bytes)
         cache, _ = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
