@@ -8,6 +8,7 @@ in the model's thread; the generators give that thread back between chunks and b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Sequence
 
 import torch
@@ -49,8 +50,8 @@ class Engine:
         self, cache: KVCache, ids: Sequence[int], *, logits: bool = True
     ) -> torch.Tensor | None:
         """One forward of ``ids`` behind the rows in ``cache``; the logits after the last."""
-        hidden = self._run([Slot(cache, len(ids))], ids)
-        return self._logits(hidden[-1:])[0] if logits else None
+        found = self._run([Slot(cache, len(ids))], ids, [len(ids) - 1] if logits else [])
+        return found[0] if logits else None
 
     def together(self, caches: Sequence[KVCache], ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """One forward for several sequences, the ``ids`` of each behind the rows in its cache.
@@ -59,34 +60,38 @@ class Engine:
         differ in the last bits from those of ``forward``: sums are taken in another order.
         """
         slots = [Slot(cache, len(own)) for cache, own in zip(caches, ids, strict=True)]
-        hidden = self._run(slots, [token for own in ids for token in own])
-        last = torch.tensor([slot.rows for slot in slots]).cumsum(0) - 1
-        return self._logits(hidden[last.to(hidden.device)])
+        last = [end - 1 for end in itertools.accumulate(slot.rows for slot in slots)]
+        return self._run(slots, [token for own in ids for token in own], last)
 
     def recompute(self, cache: KVCache, ids: Sequence[int], at: Sequence[int]) -> None:
         """Computes rows that are in ``cache`` again, each seeing all rows before it as they are
         then: those at the positions ``at``, ascending, whose tokens are ``ids``."""
         positions = torch.tensor(list(at), device=self.shape.device)
-        self._run([Slot(cache, len(ids), positions)], ids)
+        self._run([Slot(cache, len(ids), positions)], ids, [])
 
-    def _run(self, slots: Sequence[Slot], ids: Sequence[int]) -> torch.Tensor:
-        """The hidden states of the rows of all slots, [rows, hidden]; the caches have them then."""
+    def _run(self, slots: Sequence[Slot], ids: Sequence[int], wanted: list[int]) -> torch.Tensor:
+        """Computes the rows of all slots, which the caches have then.
+
+        Returns the logits after those rows that are ``wanted``, float32 [wanted, vocabulary]: the
+        model's own, which in some are a multiple of what the head gives.
+        """
+        device = self.shape.device
         with torch.inference_mode():
-            hidden: torch.Tensor = self.model.base_model(
-                input_ids=torch.tensor([list(ids)], device=self.shape.device),
-                position_ids=torch.cat([slot.positions() for slot in slots])[None],
-                past_key_values=for_model(slots),
-                use_cache=True,
-            ).last_hidden_state[0]
+            rows = {
+                "input_ids": torch.tensor([list(ids)], device=device),
+                "position_ids": torch.cat([slot.positions() for slot in slots])[None],
+                "past_key_values": for_model(slots),
+                "use_cache": True,
+            }
+            if wanted:
+                keep = torch.tensor(wanted, device=device)
+                logits: torch.Tensor = self.model(**rows, logits_to_keep=keep).logits[0].float()
+            else:
+                self.model.base_model(**rows)
+                logits = torch.empty(0)
         for slot in slots:
             slot.cache.length = slot.end
-        return hidden
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 [rows, vocabulary]."""
-        with torch.inference_mode():
-            scores: torch.Tensor = self.model.get_output_embeddings()(hidden)
-            return scores.float()
+        return logits
 
     def decode(
         self, cache: KVCache, first: torch.Tensor, stop: frozenset[int], limit: int

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from memfs.config import Config
 from memfs.cube.fingerprint import FORMAT
 from memfs.errors import ModelUnusable
 from memfs.runtime.model import attention
 from memfs.runtime.model.engine import PREFILL_CHUNK, Engine
+from memfs.runtime.model.families import context_of, layer_types, require_servable
 from memfs.runtime.model.kv_cache import KVCache, KVShape
 from memfs.runtime.model.model_digest import tokenizer_digest, weights_digest
 from memfs.runtime.model.prompt import Prompt
@@ -40,7 +40,7 @@ class Resident:
     fingerprint: dict[str, str]
     """The model's part of a KV cache's fingerprint."""
     context: int
-    """Tokens the model was made for, all in."""
+    """Tokens it serves, all in."""
     stop: frozenset[int]
     inv_freq: torch.Tensor | None
     unplaceable: str | None
@@ -70,7 +70,7 @@ def load(directory: Path, config: Config) -> Resident:
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     try:
         settings = AutoConfig.from_pretrained(directory, local_files_only=True)
-        _require_causal(settings)
+        require_servable(settings)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -85,23 +85,21 @@ def load(directory: Path, config: Config) -> Resident:
         raise ModelUnusable(f"{directory}: {_first_line(e)}") from e
     model.to(device)  # type: ignore[arg-type]  # its stub knows no device
     model.eval().requires_grad_(False)
-    shape = _kv_shape(model, dtype, device)
     prompt = Prompt.of(tokenizer)
-    engine = Engine(model, shape)
-    packs = _use_our_attention(engine, prompt)
+    engine, packs = _with_our_attention(model, prompt, dtype, device)
     preamble = engine.new_cache(max(1, len(prompt.preamble)))
     if prompt.preamble:
         engine.forward(preamble, prompt.preamble, logits=False)
-    kinds = _layer_types(settings)
+    context = context_of(settings)
     return Resident(
         name=directory.name,
         engine=engine,
         prompt=prompt,
-        fingerprint=_fingerprint(directory, model, shape, prompt),
-        context=int(settings.max_position_embeddings),
+        fingerprint=_fingerprint(directory, model, engine.shape, prompt),
+        context=context,
         stop=_stop_tokens(model, tokenizer),
         inv_freq=inverse_frequencies(model),
-        unplaceable=unplaceable(model, shape, kinds),
+        unplaceable=unplaceable(model, engine.shape, layer_types(settings), context),
         packs=packs,
         preamble=preamble,
     )
@@ -148,69 +146,45 @@ def _cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def _require_causal(settings: object) -> None:
-    """Raises ModelUnusable where a configuration is not of a causal model with plain attention."""
-    kind = getattr(settings, "model_type", None)
-    if getattr(settings, "is_encoder_decoder", False) or (
-        kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ):
-        raise ModelUnusable(f"{kind} is not a causal language model")
-    architectures = getattr(settings, "architectures", None) or []
-    if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
-        raise ModelUnusable(f"{architectures[0]} is not a causal language model")
-    odd = set(_layer_types(settings)) - {"full_attention", "sliding_attention"}
-    if odd:
-        raise ModelUnusable(f"it has layers of {', '.join(sorted(odd))}, which keep no KV cache")
-    if not getattr(settings, "max_position_embeddings", None):
-        raise ModelUnusable("its configuration does not say how long a context it takes")
+def _kv_shape(cache: object, dtype: torch.dtype, device: torch.device) -> KVShape:
+    """What the model really keeps of each token, from a cache that it filled."""
+    layers = getattr(cache, "layers", None)
+    if not layers:
+        raise ModelUnusable("it keeps no KV cache")
+    shapes = {tuple(t.shape[1::2]) for layer in layers for t in (layer.keys, layer.values)}
+    if len(shapes) > 1:
+        raise ModelUnusable("its keys and values are not all of one shape, as memfs keeps them")
+    ((kv_heads, head_dim),) = shapes
+    return KVShape(len(layers), kv_heads, head_dim, dtype, device)
 
 
-def _layer_types(settings: object) -> list[str]:
-    """The kind of attention of each layer."""
-    found = getattr(settings, "layer_types", None)
-    if found:
-        return list(found)
-    kind = "sliding_attention" if getattr(settings, "sliding_window", None) else "full_attention"
-    return [kind] * int(getattr(settings, "num_hidden_layers", 0))
-
-
-def _kv_shape(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> KVShape:
-    settings = model.config
-    heads = int(settings.num_attention_heads)
-    return KVShape(
-        layers=int(settings.num_hidden_layers),
-        kv_heads=int(getattr(settings, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(settings, "head_dim", None) or settings.hidden_size // heads),
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _use_our_attention(engine: Engine, prompt: Prompt) -> bool:
+def _with_our_attention(
+    model: PreTrainedModel, prompt: Prompt, dtype: torch.dtype, device: torch.device
+) -> tuple[Engine, bool]:
     """Switches the model to our attention over our cache, after seeing that it says the same.
 
-    Returns whether it does so too where a forward takes several sequences. Raises ModelUnusable
-    where it does not for one: something in the model's attention is not what it seems.
+    Returns its engine, and whether it says the same too where a forward takes several sequences.
+    Raises ModelUnusable where it does not for one: something in its attention is not what it seems.
     """
-    model = engine.model
     ids = prompt.question("What is the answer?", bare=True)
-    with torch.inference_mode():
-        rows = torch.tensor([ids], device=engine.shape.device)
-        expected = model(input_ids=rows, use_cache=False).logits[0, -1].float()
-    model.set_attn_implementation(attention.NAME)
     half = len(ids) // 2
-    tolerance = 1e-3 if engine.shape.dtype == torch.float32 else 0.1
-
-    def begun() -> KVCache:
-        cache = engine.new_cache(len(ids))
-        engine.forward(cache, ids[:half], logits=False)
-        return cache
-
-    def agrees(found: torch.Tensor | None) -> bool:
-        assert found is not None
-        return bool((found - expected).norm() <= tolerance * expected.norm())
-
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
     try:
+        with torch.inference_mode():
+            own = model(input_ids=torch.tensor([ids], device=device), use_cache=True)
+        expected = own.logits[0, -1].float()
+        engine = Engine(model, _kv_shape(own.past_key_values, dtype, device))
+        model.set_attn_implementation(attention.NAME)
+
+        def begun() -> KVCache:
+            cache = engine.new_cache(len(ids))
+            engine.forward(cache, ids[:half], logits=False)
+            return cache
+
+        def agrees(found: torch.Tensor | None) -> bool:
+            assert found is not None
+            return bool((found - expected).norm() <= tolerance * expected.norm())
+
         if not agrees(engine.forward(begun(), ids[half:])):
             raise ModelUnusable("over a KV cache it does not say what it says without one")
     except (RuntimeError, TypeError, ValueError, AttributeError) as e:
@@ -218,8 +192,8 @@ def _use_our_attention(engine: Engine, prompt: Prompt) -> bool:
     try:
         found = engine.together([begun(), begun()], [ids[half:-1], ids[half:]])
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False  # it looks into keys and values before it attends to them
-    return agrees(found[1])
+        return engine, False  # it looks into keys and values before it attends to them
+    return engine, agrees(found[1])
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: object) -> frozenset[int]:
@@ -245,7 +219,7 @@ def _fingerprint(
         "layers": str(shape.layers),
         "kv_heads": str(shape.kv_heads),
         "head_dim": str(shape.head_dim),
-        "layer_types": json.dumps(_layer_types(settings)),
+        "layer_types": json.dumps(layer_types(settings)),
         "sliding_window": str(getattr(settings, "sliding_window", None) or "none"),
         "rope": json.dumps(rope, sort_keys=True, default=str),
         "inv_freq_sha256": "none"

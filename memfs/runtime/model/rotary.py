@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from memfs.runtime.model.families import SLIDING
 from memfs.runtime.model.kv_cache import KVCache, KVShape, Slot, for_model
 
 PROBE_DISTANCE = 1021
-"""How far ``unplaceable`` moves its probe: long, and no multiple of a period."""
+"""How far ``unplaceable`` moves its probe, if the context is that long: no multiple of a period."""
 
 
 def rotated(keys: torch.Tensor, distance: int, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -35,30 +36,31 @@ def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor | None:
     return found.detach().float() if isinstance(found, torch.Tensor) else None
 
 
-def unplaceable(model: PreTrainedModel, shape: KVShape, layer_types: list[str]) -> str | None:
-    """Why this model's rows cannot be placed elsewhere; None where they can.
+def unplaceable(
+    model: PreTrainedModel, shape: KVShape, layer_types: list[str], context: int
+) -> str | None:
+    """Why this model's rows cannot be placed elsewhere in its context; None where they can.
 
     The configuration tells most; the rest is tried. A lone token attends to itself alone, so its
     keys depend on its position only, in every layer: those made far away must be those made at 0,
     rotated. That finds layers without rotary embedding, interleaved pairs, and what is to come.
     """
-    if any(kind != "full_attention" for kind in layer_types):
+    if SLIDING in layer_types:
         return "it has sliding-window layers"
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    kind = str(rope.get("rope_type", "default"))
-    if "dynamic" in kind or kind == "longrope":
-        return f"its rotary embedding ({kind}) depends on the length"
+    if getattr(model.config, "alibi", False):
+        return "its positions are biases of the attention (ALiBi)"
     inv_freq = inverse_frequencies(model)
     if inv_freq is None:
-        return "it has no rotary embedding"
+        return "it has no rotary embedding: its positions are learned"
     if 2 * inv_freq.shape[0] > shape.head_dim:
         return "its rotary embedding is wider than its heads"
-    near, far = (_lone_token_keys(model, shape, at) for at in (0, PROBE_DISTANCE))
+    distance = min(PROBE_DISTANCE, context - 1)
+    near, far = (_lone_token_keys(model, shape, at) for at in (0, distance))
     tolerance = 0.02 if shape.dtype == torch.float32 else 0.06
     for layer, (here, there) in enumerate(zip(near, far, strict=True)):
-        moved = rotated(here, PROBE_DISTANCE, inv_freq).float()
+        moved = rotated(here, distance, inv_freq).float()
         if (moved - there.float()).norm() > tolerance * there.float().norm():
-            return f"the keys of layer {layer} do not follow its rotary embedding"
+            return f"the keys of layer {layer} are not rotated in halves"
     return None
 
 
