@@ -75,43 +75,6 @@ def test_the_first_cube_stays_and_values_stay(resident: Resident) -> None:
         assert torch.equal(was[:, :, rows], layer[:, :, rows])
 
 
-def test_sliding_windows_are_not_placed(
-    default_model_dir: Path, tmp_path: Path, load_model: Callable[[Path], Resident]
-) -> None:
-    import shutil
-
-    from transformers import AutoConfig, MistralConfig, MistralForCausalLM
-
-    vocab = AutoConfig.from_pretrained(default_model_dir).vocab_size
-    config = MistralConfig(
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=24,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(default_model_dir / name, tmp_path)
-    resident = load_model(tmp_path)
-    assert resident.unplaceable == "it has sliding-window layers"
-    # One cube is exact all the same: what transformers computes with its own sliding mask.
-    ids = resident.prompt.memory(prose(60))
-    theirs = MistralForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([ids])).logits[0, -1]
-    cache = resident.engine.new_cache(len(ids))
-    resident.engine.forward(cache, ids[:100], logits=False)
-    found = resident.engine.forward(cache, ids[100:])
-    assert found is not None
-    assert torch.allclose(found, expected, atol=1e-3)
-
-
 # Through the daemon.
 
 

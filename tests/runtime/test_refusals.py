@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,28 @@ def test_another_models_file_is_foreign(
 ) -> None:
     with pytest.raises(KVForeign, match="weights_sha256"):
         read(load_model(tiny_qwen_dir), tmp_path / "kv", good)
+
+
+def test_a_kv_cache_made_under_an_adapter_is_used_under_that_adapter_alone(
+    resident: Resident, tmp_path: Path
+) -> None:
+    made = run_all(prefill(resident, prose(60), None))
+    adapters = ["base", "a" * 64, "b" * 64]
+    under = {
+        a: replace(resident, fingerprint=resident.fingerprint | {"adapter": a}) for a in adapters
+    }
+    for maker in adapters:
+        fd = os.open(tmp_path / maker, os.O_RDWR | os.O_CREAT)
+        kv_store.write(fd, made.cache, under[maker], made.ids, SHA)
+        for reader in adapters:
+            if reader == maker:
+                assert kv_store.read(fd, under[reader], SHA)[1] == made.ids
+                continue
+            with pytest.raises(
+                KVForeign, match=f"adapter is {maker[:4]}.* in the file, {reader[:4]}"
+            ):
+                kv_store.read(fd, under[reader], SHA)
+        os.close(fd)
 
 
 def test_another_texts_file_is_stale(resident: Resident, good: bytes, tmp_path: Path) -> None:
