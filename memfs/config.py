@@ -37,6 +37,10 @@ class Config:
     """CPU threads of the model; 0 takes what the process may use."""
     budget_bytes: int = 4 << 30
     """Bytes of mounted KV caches the runtime may hold."""
+    host_budget_bytes: int = 4 << 30
+    """Bytes of pinned host memory for what an accelerator has no room for; 0 keeps none."""
+    prefetch_bytes: int = 1 << 30
+    """Bytes of KV files that one use of a cube may have read ahead of time; 0 reads none."""
     versions_budget_bytes: int = 10 << 30
     """Bytes that earlier versions of a store's cubes may take on its disk; 0 makes none."""
     autostart: bool = True

@@ -27,6 +27,7 @@ COMMANDS = {
     "ask": "ask the model a question, with cubes in its memory",
     "attach": "put a cube into the model by name",
     "detach": "take a cube out of the model",
+    "pin": "have cubes stay in the model",
     "versions": "list the versions of a cube, or the deleted cubes of a store",
     "diff": "show what changed between two versions of a cube",
     "restore": "bring back a version of a cube, or a deleted cube",

@@ -62,6 +62,8 @@ def _stopped(model: str, budget_bytes: int) -> Facts:
         "wanted_model": model,
         "device": None,
         "mounted": [],
+        "nearby": [],
+        "tiers": [],
         "refusals": [],
         "budget_bytes": budget_bytes,
         "used_bytes": 0,
@@ -98,9 +100,12 @@ def _print(facts: Facts, log: str) -> None:
         print(output.styled(f"  {facts['error']}", "red") + f"  (log: {log})")
     used, budget = output.size(facts["used_bytes"]), output.size(facts["budget_bytes"])
     print(f"mounted into the model: {used} of {budget}")
-    if facts["mounted"]:
-        header = ("cube", "kind", "tokens", "bytes", "tier", "hits", "")
-        print(output.table(map(_row, facts["mounted"]), header))
+    for tier in facts["tiers"]:
+        if tier["tier"] == "host":
+            print(_host_line(tier))
+    rows = [*map(_row, facts["mounted"]), *map(_row_nearby, facts["nearby"])]
+    if rows:
+        print(output.table(rows, ("cube", "kind", "tokens", "bytes", "tier", "hits", "")))
     for refusal in facts["refusals"][-_REFUSALS:]:
         _print_refusal(refusal["cube"], refusal)
 
@@ -117,6 +122,22 @@ def _model_line(facts: Facts) -> str:
         line += f", context {output.number(facts['context'])} tokens"
         line += f", loaded in {output.seconds(facts['load_s'])}"
     return line
+
+
+def _host_line(tier: Facts) -> str:
+    if tier["off"]:
+        return f"kept in host memory: nothing; {tier['off']}"
+    used, budget = output.size(tier["bytes"]), output.size(tier["budget_bytes"])
+    return f"kept in host memory: {used} of {budget}"
+
+
+def _row_nearby(line: Facts) -> tuple[str, ...]:
+    """A memory that is not in the model and could soon be."""
+    tier = line["tier"]
+    if tier == "page cache" and line["cached_bytes"] < line["bytes"]:
+        tier = f"page cache {line['cached_bytes'] / line['bytes']:.0%}"
+    tokens = "" if line["tokens"] is None else output.number(line["tokens"])
+    return line["cube"], line["kind"], tokens, output.size(line["bytes"]), tier, "", ""
 
 
 def _row(line: Facts) -> tuple[str, ...]:

@@ -117,6 +117,10 @@ class IndexKeeper:
         self.model = dict(model)
         self._jobs.put(self._judge_all)
 
+    def soon(self, body: Callable[[Index], None]) -> None:
+        """Has ``body`` run on the index in the background, once that is there."""
+        self._jobs.put(lambda: self.ask(body, None))
+
     def early(self, path: str) -> None:
         """A cube was changed while there was no index: it is looked at once there is one."""
         self._early.add(path)

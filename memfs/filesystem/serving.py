@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memfs.config import Config
 from memfs.cube import layout
@@ -24,9 +24,13 @@ from memfs.filesystem.backing import Backing
 from memfs.filesystem.catalogue import Catalogue
 from memfs.filesystem.control import MountFacts
 from memfs.filesystem.link import Link
+from memfs.filesystem.pinned import load_pinned
 from memfs.filesystem.registry import MountRecord
 from memfs.filesystem.tree import Tree
 from memfs.vault.store import HIDDEN_DIR, Store
+
+if TYPE_CHECKING:
+    from memfs.index.lmdb_index import Index
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class Server:
         self, store: Store, record: MountRecord, config: Config, *, noatime: bool = False
     ) -> None:
         self._store = store
+        self._config = config
         self._mountpoint = record.mountpoint
         self._catalogue = Catalogue(store, self._cube_changed, config.versions_budget_bytes)
         self._link = Link(config, str(store.root), self)
@@ -70,6 +75,7 @@ class Server:
     def model_known(self, fingerprint: Mapping[str, str]) -> None:
         """A model is resident: the states of all KV caches depend on it."""
         self._catalogue.set_model(fingerprint)
+        self._catalogue.keeper.soon(self._load_pinned)
 
     def happened(self, event: dict[str, Any]) -> None:
         """Something happened to a cube: the audit trail keeps it."""
@@ -84,6 +90,12 @@ class Server:
                 self._link.renew(path)  # it was answered from the text: the next one need not be
         elif event.get("event") == "encoded":
             self._catalogue.keeper.later_below(path)
+
+    def _load_pinned(self, index: Index) -> None:
+        paths = [path for path, _ in index.find(pinned=True)]
+        if paths:
+            wanted = (self._config, str(self._store.root), paths)
+            threading.Thread(target=load_pinned, args=wanted, name="pins", daemon=True).start()
 
     def _cube_changed(self, path: str) -> None:
         self._link.changed(path)

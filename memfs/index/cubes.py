@@ -161,6 +161,7 @@ class CubeTable:
         kv_state: str | None = None,
         tag: str | None = None,
         owner: int | None = None,
+        pinned: bool = False,
         since: float | None = None,
         until: float | None = None,
     ) -> Iterator[Found]:
@@ -168,6 +169,7 @@ class CubeTable:
 
         Args:
             owner: a user id.
+            pinned: whether only pinned ones are wanted.
             since: changed at or after, seconds since 1970.
             until: changed before.
         """
@@ -178,6 +180,8 @@ class CubeTable:
             facets.append(facet_key("tag", tag))
         if owner is not None:
             facets.append(facet_key("owner", str(owner)))
+        if pinned:
+            facets.append(facet_key("pinned", ""))
         timed = since is not None or until is not None
         if not facets and not timed:
             yield from self.under("")

@@ -30,7 +30,7 @@ import xxhash
 from memfs.errors import IndexDamaged
 from memfs.vault.facts import CubeFacts
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever a key, a value or a field of CubeFacts changes its meaning: an index of another
 format is made again."""
 
@@ -66,13 +66,15 @@ def path_key(path: str) -> bytes:
 
 
 def facet_key(kind: str, value: str) -> bytes:
-    """The key of a facet: ``kind`` is state, tag or owner."""
+    """The key of a facet: ``kind`` is state, tag, owner or pinned."""
     return _short(f"{kind}={value}".encode("utf-8", "surrogatepass"))
 
 
 def facets_of(facts: CubeFacts) -> set[bytes]:
     """Keys in ``facets`` that a cube with these facts stands under."""
     keys = {facet_key("state", facts.kv_state), facet_key("owner", str(facts.uid))}
+    if facts.pinned:
+        keys.add(facet_key("pinned", ""))
     return keys | {facet_key("tag", tag) for tag in facts.tags}
 
 

@@ -186,6 +186,8 @@ def _start(config: Config, path: Path) -> RuntimeClient:
     command = [sys.executable, "-m", "memfs.runtime.daemon", "--socket", os.fspath(path)]
     command += ["--model", model_spec(config), "--device", config.device, "--dtype", config.dtype]
     command += ["--threads", str(config.threads), "--budget-bytes", str(config.budget_bytes)]
+    command += ["--host-budget-bytes", str(config.host_budget_bytes)]
+    command += ["--prefetch-bytes", str(config.prefetch_bytes)]
     command += ["--shared", config.shared]
     with log_path(config).open("ab") as log:
         daemon = subprocess.Popen(

@@ -168,6 +168,11 @@ class Files:
         """Of the payload."""
         return _signature(os.fstat(self._payload))
 
+    @property
+    def owner(self) -> int:
+        """The user whose payload it is."""
+        return os.fstat(self._payload).st_uid
+
     def text(self) -> Text:
         """The payload, whole."""
         status = os.fstat(self._payload)

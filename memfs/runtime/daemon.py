@@ -41,10 +41,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(option, default=getattr(Config, option[2:]))
     parser.add_argument("--threads", type=int, default=Config.threads)
     parser.add_argument("--budget-bytes", type=int, default=Config.budget_bytes)
+    parser.add_argument("--host-budget-bytes", type=int, default=Config.host_budget_bytes)
+    parser.add_argument("--prefetch-bytes", type=int, default=Config.prefetch_bytes)
     parser.add_argument("--shared", default=Config.shared)
     args = parser.parse_args(argv)
     config = Config(
-        args.model, args.device, args.dtype, args.threads, args.budget_bytes, shared=args.shared
+        args.model,
+        args.device,
+        args.dtype,
+        args.threads,
+        args.budget_bytes,
+        args.host_budget_bytes,
+        args.prefetch_bytes,
+        shared=args.shared,
     )
     try:
         return run(config, args.socket)

@@ -113,6 +113,9 @@ class Server:
         elif op == "mount":
             kind, pin = str(request.get("kind", "kv")), bool(request.get("pin"))
             yield {"ok": await service.mount(caller, self._cube(request, caller, peer), kind, pin)}
+        elif op == "pin":
+            on = request.get("on") is not False
+            yield {"ok": await service.pin(caller, self._cube(request, caller, peer), on)}
         elif op == "unmount":
             named = request.get("path") is not None
             cube = self._cube(request, caller, peer) if named else None

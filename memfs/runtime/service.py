@@ -27,9 +27,11 @@ from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
 from memfs.runtime.asking.asks import Asking
 from memfs.runtime.cubes import Cube, Stores
 from memfs.runtime.model.resident import Resident
+from memfs.runtime.mounting.host import Host
 from memfs.runtime.mounting.making import Making
 from memfs.runtime.mounting.mounted import Mounted
 from memfs.runtime.mounting.preparing import Preparing
+from memfs.runtime.mounting.tiers import has_host_tier, nearby, tiers
 from memfs.runtime.worker import Priority, Worker
 
 Events = AsyncIterator[dict[str, Any]]
@@ -82,7 +84,10 @@ class Service:
             self.state, self.failure = "failed", e
         else:
             budget = self.config.budget_bytes
-            mounted = Mounted(resident, budget, self._io, self._publish)
+            host = None
+            if has_host_tier(self.config, resident):
+                host = Host(self.config.host_budget_bytes, self._io)
+            mounted = Mounted(resident, budget, self._io, self._publish, host)
             self._serving = Serving(
                 mounted,
                 Making(mounted, self._worker),
@@ -128,6 +133,7 @@ class Service:
         resident = mounted.resident if mounted else None
         lines = mounted.lines() if mounted else []
         refusals = list(mounted.refusals) if mounted else []
+        absent = await nearby(mounted, caller) if mounted else []
         if caller is not None and mounted is not None:
             lines = await mounted.lines_for(caller)
             refusals = [refusal for refusal in refusals if refusal["uid"] == caller.uid]
@@ -142,6 +148,8 @@ class Service:
             "token_bytes": resident.shape.token_bytes if resident else None,
             "unplaceable": resident.unplaceable if resident else None,
             "mounted": lines,
+            "nearby": absent,
+            "tiers": tiers(self.config, resident, [*lines, *absent]),
             "refusals": refusals,
             "budget_bytes": self.config.budget_bytes,
             "used_bytes": sum(line["bytes"] for line in lines),
@@ -167,6 +175,19 @@ class Service:
                 entry = await mounted.mount(files, caller.uid, pin=pin)
         serving.preparing.soon()
         return {"mounted": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
+
+    async def pin(self, caller: Caller, cube: Cube, on: bool) -> dict[str, Any]:
+        """Has a cube's KV cache stay in the model, or be evicted again like others."""
+        serving = await self._model()
+        mounted = serving.mounted
+        with await mounted.open(caller, cube, "mount") as files:
+            if not on:
+                mounted.unpin(cube)
+                return {"pinned": None}
+            with mounted.denying(cube, caller.uid, "mount"):
+                entry = await mounted.pin(files, caller.uid)
+        serving.preparing.soon()
+        return {"pinned": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
 
     async def unmount(self, caller: Caller, cube: Cube | None) -> dict[str, Any]:
         """Takes a cube, or all, out of the caller's session."""

@@ -137,12 +137,15 @@ def test_finding(index: Index) -> None:
     assert paths(kv_state="ready") == ["a", "c"]
     assert paths(tag="x") == ["a", "b"]
     assert paths(owner=1) == ["a", "b"]
+    assert paths(pinned=True) == []
     assert paths(owner=1, kv_state="ready", tag="y") == ["a"]
     assert paths(tag="z") == []
     assert paths(since=100.5) == ["a", "b"]
     assert paths(since=100.6) == ["b"]
     assert paths(until=200.0) == ["a", "c"]
     assert paths(since=0.0, until=200.1, kv_state="stale") == ["b"]
+    index.put("b", facts(kv_state="stale", pinned=True))
+    assert paths(pinned=True) == ["b"]
     index.put("a", facts(kv_state="foreign"))
     assert paths(kv_state="ready") == ["c"]
     assert paths(tag="y") == []

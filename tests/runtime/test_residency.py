@@ -96,3 +96,19 @@ def test_the_budget_holds(uses: list[tuple[str, int]]) -> None:
         assert residency.used_bytes <= 12
         assert residency.peek(name) is not None
         assert len({e.key for e in residency}) == len(list(residency))
+
+
+def test_pins_leave_room_for_what_is_asked_next() -> None:
+    residency = filled(10, *"abcdefghij")
+    for name in "abcdefgh":
+        entry = residency.peek(name)
+        assert entry
+        residency.pin(entry)
+        residency.pin(entry)  # which changes nothing
+    ninth = residency.peek("i")
+    assert ninth
+    with pytest.raises(OverBudget, match="memfs pin --off"):
+        residency.pin(ninth)
+    assert not ninth.pinned
+    put(residency, "new", 2)
+    assert {*"abcdefgh", "new"} == names(residency)

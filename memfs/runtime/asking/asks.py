@@ -13,7 +13,8 @@ from memfs.cube.access import Caller
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound
 from memfs.runtime.asking.answering import Answer, Part, Question, answer
 from memfs.runtime.cubes import Cube, Text
-from memfs.runtime.mounting.mounted import Memory, Mounted
+from memfs.runtime.mounting.memory import Memory
+from memfs.runtime.mounting.mounted import Mounted
 from memfs.runtime.mounting.residency import Entry
 from memfs.runtime.worker import Priority, Worker
 
@@ -80,7 +81,7 @@ class Asking:
                 job.cancel()
                 raise
             assert job.result is not None
-            self._after(caller, named, key, job.result)
+            await self._after(caller, named, key, job.result)
             yield {"ok": job.result.report}
         finally:
             for entry in entries:
@@ -109,10 +110,12 @@ class Asking:
             text: Text = await mounted.in_io(files.text)
         return Part(cube.path, root, text.text, None, why), None
 
-    def _after(self, caller: Caller, named: list[Cube], key: str | None, done: Answer) -> None:
+    async def _after(
+        self, caller: Caller, named: list[Cube], key: str | None, done: Answer
+    ) -> None:
         """Keeps what was placed for the next question, and announces who was asked."""
         mounted = self._mounted
         if key and done.placed is not None and mounted.residency.peek(key) is None:
-            mounted.keep_placed(key, done.placed)
+            await mounted.keep_placed(key, done.placed)
         for cube, line in zip(named, done.report["cubes"], strict=True):
             mounted.announce("asked", cube, uid=caller.uid, how=line["how"])

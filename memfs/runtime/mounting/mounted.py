@@ -10,40 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
-from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound, Refused
-from memfs.runtime.cubes import Cube, Files, Signature, Text
+from memfs.errors import MemfsError, NotAllowed, OverBudget, Refused
+from memfs.runtime.cubes import Cube, Files, Text
 from memfs.runtime.kv import kv_store
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
+from memfs.runtime.mounting.host import Host, to_device
+from memfs.runtime.mounting.memory import Memory
 from memfs.runtime.mounting.residency import Entry, Residency
 
 R = TypeVar("R")
 
 
-@dataclass
-class Memory:
-    """A KV cache in the model: of one cube, or of several placed one after another."""
-
-    cube: Cube | None
-    """None for several."""
-    cache: KVCache
-    payload_sha256: str
-    payload_signature: Signature | None
-    kv_signature: Signature | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it holds on the device."""
-        return self.cache.nbytes
+KNOWN = 64
+"""Cubes remembered that were in the model lately, for ``status``."""
 
 
 class Mounted:
@@ -55,12 +44,20 @@ class Mounted:
         budget_bytes: int,
         io: Executor,
         announce: Callable[[dict[str, Any]], None],
+        host: Host | None = None,
     ) -> None:
-        """``announce`` is told of every change, as the events of the protocol."""
+        """Nothing is mounted yet.
+
+        Args:
+            announce: is told of every change, as the events of the protocol.
+            host: takes what is evicted, where the device has a memory of its own.
+        """
         self.resident = resident
+        self.host = host
         self.residency: Residency[Memory] = Residency(budget_bytes)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=20)
         self._sessions: dict[int, dict[str, Cube]] = {}
+        self._known: OrderedDict[str, Cube] = OrderedDict()
         self._io = io
         self._announce = announce
         self._loading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -85,9 +82,25 @@ class Mounted:
         Raises what ``load`` raises; what was mounted before stays.
         """
         entry = await self.load(files, uid)
-        entry.pinned = entry.pinned or pin or await self.in_io(files.pinned)
+        if pin:
+            self.residency.pin(entry)
         self.join(files.cube, uid, entry)
         return entry
+
+    async def pin(self, files: Files, uid: int) -> Entry[Memory]:
+        """Has a cube in the model from now on, whether or not it is in anybody's session.
+
+        Raises what ``load`` raises; OverBudget where too much is pinned.
+        """
+        entry = await self.load(files, uid)
+        self.residency.pin(entry)
+        return entry
+
+    def unpin(self, cube: Cube) -> None:
+        """It may be evicted again."""
+        entry = self.residency.peek(cube.key)
+        if entry is not None:
+            entry.pinned = False
 
     async def load(self, files: Files, uid: int) -> Entry[Memory]:
         """The resident KV cache of a cube, read and checked in full unless it is there already.
@@ -104,26 +117,46 @@ class Mounted:
         # Two readers of one cube share one load.
         async with self._loading.setdefault(cube.key, asyncio.Lock()):
             entry = self.residency.peek(cube.key)
-            if entry and not await self.in_io(_unchanged, entry.value, files):
+            if entry and not await self.in_io(entry.value.unchanged, files):
                 self._drop(cube.key, "its files changed")
                 entry = None
             if entry is None:
+                pinned = await self.in_io(files.pinned)
                 try:
-                    entry = await self._load(files)
+                    entry = await self._from_host(files) or await self._load(files)
                 except Refused as e:
                     self.refuse(cube, uid, e)
                     raise
+                self._remember(cube)
+                self._follow_header(entry, pinned, uid)
             self.residency.use(cube.key)
             return entry
+
+    async def _from_host(self, files: Files) -> Entry[Memory] | None:
+        """The cube back on the device from host memory, where it is there and its files stand."""
+        key = files.cube.key
+        kept = self.host.residency.peek(key) if self.host else None
+        if self.host is None or kept is None:
+            return None
+        if not await self.in_io(kept.value.unchanged, files):
+            self.host.residency.remove(key)
+            return None
+        self.host.residency.use(key)
+        rows, shape = kept.value.cache, self.resident.shape
+        await self._make_room((rows.length + kv_store.ROOM) * shape.token_bytes)
+        cache = await self.in_io(to_device, rows, shape, kv_store.ROOM)
+        await self._make_room(cache.nbytes)  # another may have come in meanwhile
+        memory = replace(kept.value, cube=files.cube, cache=cache, pinned=False)
+        return self.residency.add(key, memory, kept.tokens)
 
     async def _load(self, files: Files) -> Entry[Memory]:
         text: Text = await self.in_io(files.text)
         fd, signature = await self.in_io(files.open_kv)
         header = await self.in_io(kv_store.fit, fd, self.resident, text.sha256)
         rows = self.resident.base + header.tokens + kv_store.ROOM
-        self._evict_for(rows * self.resident.shape.token_bytes)
+        await self._make_room(rows * self.resident.shape.token_bytes)
         cache, _ = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
-        self._evict_for(cache.nbytes)  # another may have come in while this one was read
+        await self._make_room(cache.nbytes)  # another may have come in while this one was read
         memory = Memory(files.cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(files.cube.key, memory, header.tokens)
 
@@ -149,12 +182,14 @@ class Mounted:
         entries.append(found)
         return key, found.value.cache
 
-    def keep_placed(self, key: str, cache: KVCache) -> None:
+    async def keep_placed(self, key: str, cache: KVCache) -> None:
         """Keeps several cubes as they were placed, where there is room, for the next question."""
         try:
-            self._evict_for(cache.nbytes)
+            await self._make_room(cache.nbytes)
         except MemfsError:
             return  # an answer does not fail because its way there cannot be kept
+        if self.residency.peek(key) is not None:
+            return
         memory = Memory(None, cache, key, None, None)
         self.residency.add(key, memory, cache.length - self.resident.base)
 
@@ -178,8 +213,16 @@ class Mounted:
         It stays in the sessions it is in: their next question is answered from its text.
         """
         entry = self.residency.peek(cube.key)
-        if entry and not await self.in_io(_still_there, entry.value, cube):
-            self._drop(cube.key, "its files changed")
+        if entry is None:
+            return
+        try:
+            with await self.in_io(cube.open, None) as files:
+                if await self.in_io(entry.value.unchanged, files):
+                    self._follow_header(entry, await self.in_io(files.pinned), files.owner)
+                    return
+        except (MemfsError, OSError):
+            pass  # it is gone, or no longer to be read
+        self._drop(cube.key, "its files changed")
 
     def moved(self, root: str, old: str, new: str) -> None:
         """Follows the rename of a cube or of a collection of cubes."""
@@ -190,10 +233,12 @@ class Mounted:
                 return cube
             return Cube(cube.store, new + cube.path[len(old) :])
 
-        for entry in list(self.residency):
-            if entry.value.cube is not None:
-                entry.value.cube = now(entry.value.cube)
-                self.residency.rename(entry.key, entry.value.cube.key)
+        for tier in [self.residency] + ([self.host.residency] if self.host else []):
+            for entry in list(tier):
+                if entry.value.cube is not None:
+                    entry.value.cube = now(entry.value.cube)
+                    tier.rename(entry.key, entry.value.cube.key)
+        self._known = OrderedDict((cube.key, cube) for cube in map(now, self._known.values()))
         for uid, session in self._sessions.items():
             self._sessions[uid] = {cube.key: cube for cube in map(now, session.values())}
 
@@ -234,6 +279,18 @@ class Mounted:
                 told.append({**line, "sessions": own})
         return told
 
+    def absent(self, uid: int | None) -> dict[str, Cube]:
+        """The cubes, by key, that are not in the model and were lately, or are in a session.
+
+        Args:
+            uid: whose session alone is meant; None for all.
+        """
+        cubes = dict(self._known)
+        for owner, session in self._sessions.items():
+            if uid in (None, owner):
+                cubes |= session
+        return {key: cube for key, cube in cubes.items() if self.residency.peek(key) is None}
+
     def _line(self, entry: Entry[Memory]) -> dict[str, Any]:
         cube = entry.value.cube
         return {
@@ -249,14 +306,40 @@ class Mounted:
             "sessions": [uid for uid, cubes in self._sessions.items() if entry.key in cubes],
         }
 
-    def _evict_for(self, nbytes: int) -> None:
-        for entry in self.residency.make_room(nbytes):
-            for session in self._sessions.values():
-                session.pop(entry.key, None)
-            self._announce_gone(entry, "evicted")
+    def _follow_header(self, entry: Entry[Memory], pinned: bool, uid: int) -> None:
+        """Pins a memory, or lets it go, where its cube's header has come to say so."""
+        memory = entry.value
+        if pinned == memory.pinned or memory.cube is None:
+            return
+        memory.pinned = pinned
+        if not pinned:
+            entry.pinned = False
+            return
+        try:
+            self.residency.pin(entry)
+        except OverBudget as e:  # it is mounted all the same, and may be evicted
+            self.refuse(memory.cube, uid, e)
+
+    async def _make_room(self, nbytes: int) -> None:
+        """Evicts until ``nbytes`` more fit: they do until the caller awaits something else."""
+        while gone := self.residency.make_room(nbytes):
+            for entry in gone:
+                for session in self._sessions.values():
+                    session.pop(entry.key, None)
+                self._announce_gone(entry, "evicted")
+            if self.host is not None:
+                await self.host.keep(gone)
+
+    def _remember(self, cube: Cube) -> None:
+        self._known[cube.key] = cube
+        self._known.move_to_end(cube.key)
+        if len(self._known) > KNOWN:
+            self._known.popitem(last=False)
 
     def _drop(self, key: str, reason: str) -> bool:
-        """Takes an entry out of the model."""
+        """Takes an entry out of the model, and out of host memory."""
+        if self.host is not None:
+            self.host.residency.remove(key)
         entry = self.residency.remove(key)
         if entry is not None:
             self._announce_gone(entry, reason)
@@ -265,31 +348,3 @@ class Mounted:
     def _announce_gone(self, entry: Entry[Memory], reason: str) -> None:
         if entry.value.cube is not None:
             self.announce("unmounted", entry.value.cube, reason=reason)
-
-
-def _unchanged(memory: Memory, files: Files) -> bool:
-    """Whether a cube was mounted from these very files. Raises NotAllowed."""
-    try:
-        if files.open_kv()[1] != memory.kv_signature:
-            return False
-    except NotFound:
-        return False
-    if files.signature == memory.payload_signature:
-        return True
-    try:
-        text = files.text()  # touched, or saved again with the same words
-    except InvalidRequest:
-        return False
-    if text.sha256 != memory.payload_sha256:
-        return False
-    memory.payload_signature = text.signature
-    return True
-
-
-def _still_there(memory: Memory, cube: Cube) -> bool:
-    """Whether the files that a cube was mounted from are those that it has now."""
-    try:
-        with cube.open(None) as files:
-            return _unchanged(memory, files)
-    except (MemfsError, OSError):
-        return False

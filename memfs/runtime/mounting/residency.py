@@ -2,7 +2,8 @@
 
 A memory used once is on probation, one used again is protected; protected ones take at most
 ``PROTECTED_SHARE`` of the budget, so a scan of many cubes pushes out only what was itself scanned
-(segmented LRU, Karedla et al. 1994). What is pinned, or in use by an answer, is never evicted.
+(segmented LRU, Karedla et al. 1994). What is pinned, ``PINNED_SHARE`` of the budget at most, or in
+use by an answer is never evicted.
 Plain bookkeeping without torch; belongs to the service's event loop.
 """
 
@@ -16,6 +17,8 @@ from typing import Generic, Protocol, TypeVar
 from memfs.errors import OverBudget
 
 PROTECTED_SHARE = 0.8
+PINNED_SHARE = 0.8
+"""Of the budget, at most, by pinned ones: what is asked next must find room."""
 
 
 class Sized(Protocol):
@@ -103,6 +106,17 @@ class Residency(Generic[T]):
         for entry in going:
             self.remove(entry.key)
         return going
+
+    def pin(self, entry: Entry[T]) -> None:
+        """Keeps an entry until it is unpinned. Raises OverBudget where too much would be pinned."""
+        pinned = sum(other.value.nbytes for other in self if other.pinned and other is not entry)
+        if pinned + entry.value.nbytes > self.budget_bytes * PINNED_SHARE:
+            raise OverBudget(
+                f"{entry.value.nbytes} more bytes cannot be pinned: what is pinned may take "
+                f"{PINNED_SHARE:.0%} of the budget of {self.budget_bytes} bytes; `memfs pin --off` "
+                "another one, or raise budget_bytes"
+            )
+        entry.pinned = True
 
     def add(self, key: str, value: T, tokens: int) -> Entry[T]:
         """A new entry, on probation. Room must have been made for it."""

@@ -1,0 +1,49 @@
+"""A memory that is or was in the model, and the files that it came from.
+
+Used by the tiers that hold it (``mounted``, ``host``). What looks at files blocks: I/O threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memfs.errors import InvalidRequest, NotFound
+from memfs.runtime.cubes import Cube, Files, Signature
+from memfs.runtime.model.kv_cache import KVCache
+
+
+@dataclass
+class Memory:
+    """A KV cache: of one cube, or of several placed one after another."""
+
+    cube: Cube | None
+    """None for several."""
+    cache: KVCache
+    payload_sha256: str
+    payload_signature: Signature | None
+    kv_signature: Signature | None
+    pinned: bool = False
+    """Whether the cube's header pinned it when it was last looked at."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds where it is."""
+        return self.cache.nbytes
+
+    def unchanged(self, files: Files) -> bool:
+        """Whether it was read from these very files. Raises NotAllowed."""
+        try:
+            if files.open_kv()[1] != self.kv_signature:
+                return False
+        except NotFound:
+            return False
+        if files.signature == self.payload_signature:
+            return True
+        try:
+            text = files.text()  # touched, or saved again with the same words
+        except InvalidRequest:
+            return False
+        if text.sha256 != self.payload_sha256:
+            return False
+        self.payload_signature = text.signature
+        return True
