@@ -103,6 +103,9 @@ def _print(facts: Facts, log: str) -> None:
     for tier in facts["tiers"]:
         if tier["tier"] == "host":
             print(_host_line(tier))
+    if facts.get("ahead") and facts["ahead"]["prefetched"]:
+        ahead = facts["ahead"]
+        print(f"read ahead: {ahead['prefetched']} cubes, {ahead['used']} of them used since")
     rows = [*map(_row, facts["mounted"]), *map(_row_nearby, facts["nearby"])]
     if rows:
         print(output.table(rows, ("cube", "kind", "tokens", "bytes", "tier", "hits", "")))

@@ -27,6 +27,7 @@ from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
 from memfs.runtime.asking.asks import Asking
 from memfs.runtime.cubes import Cube, Stores
 from memfs.runtime.model.resident import Resident
+from memfs.runtime.mounting.ahead import Ahead
 from memfs.runtime.mounting.host import Host
 from memfs.runtime.mounting.making import Making
 from memfs.runtime.mounting.mounted import Mounted
@@ -50,6 +51,7 @@ class Serving:
     making: Making
     asking: Asking
     preparing: Preparing
+    ahead: Ahead
 
 
 class Service:
@@ -93,6 +95,7 @@ class Service:
                 Making(mounted, self._worker),
                 Asking(mounted, self._worker),
                 Preparing(resident, self._worker),
+                Ahead(mounted, self.config.prefetch_bytes),
             )
             self._serving.preparing.soon()
             self.state = "ready"
@@ -159,6 +162,7 @@ class Service:
             "since_start_s": self._since_start,
         }
         if caller is None:
+            status["ahead"] = self._serving.ahead.facts() if self._serving else None
             status["encoding"] = len(self._serving.making.encodings) if self._serving else 0
         return status
 
@@ -173,6 +177,7 @@ class Service:
                 raise error
             with mounted.denying(cube, caller.uid, "mount"):
                 entry = await mounted.mount(files, caller.uid, pin=pin)
+        serving.ahead.mounted(caller, cube)
         serving.preparing.soon()
         return {"mounted": {"cube": cube.path, "tokens": entry.tokens, "bytes": entry.value.nbytes}}
 
@@ -237,6 +242,9 @@ class Service:
                 asked_at, caller, cubes, question, kv=kv, limit=limit
             ):
                 yield event
+            if kv:
+                named = serving.mounted.session(caller.uid) if cubes is None else cubes
+                serving.ahead.asked(caller, named)
         finally:
             serving.preparing.soon()
 

@@ -17,6 +17,7 @@ from memfs.cube import metadata
 from memfs.errors import OverBudget
 from memfs.runtime.client import RuntimeClient
 from memfs.runtime.mounting.page_cache import cached_bytes, drop, read_ahead
+from tests.waiting import until
 
 from .conftest import Shop, ask, daemon, how, prose, run_all
 
@@ -251,3 +252,51 @@ def test_what_is_unmounted_is_not_kept(with_host: Callable[..., None], shop: Sho
         assert not list(mounted.host.residency) and not list(mounted.residency)
 
     with_host(body)
+
+
+def test_what_was_asked_together_is_read_ahead(small: RuntimeClient, shop: Shop) -> None:
+    a, b = (shop.cube(name, prose(60, ord(name))) for name in "ab")
+    for cube in (a, b):
+        small.call("encode", **cube)
+    before = small.call("status")["ahead"]
+
+    def again() -> None:
+        for cube in (a, b):
+            if tiers_of(small, shop).get(cube["path"]) == "device":
+                small.call("unmount", **cube)
+
+    ask(small, [a, b])
+    again()
+    small.call("mount", **a)
+    assert small.call("status")["ahead"] == before, "once may be chance"
+    ask(small, [a, b])
+    again()
+    small.call("mount", **a)
+    until(lambda: tiers_of(small, shop).get("b") == "device")
+    line = next(line for line in small.call("status")["mounted"] if line["cube"] == "b")
+    assert line["hits"] == 0 and not line["protected"] and line["sessions"] == []
+    assert small.call("status")["ahead"]["prefetched"] == before["prefetched"] + 1
+    small.call("mount", **b)
+    assert small.call("status")["ahead"]["used"] == before["used"] + 1
+
+
+def test_reading_ahead_evicts_nothing(small: RuntimeClient, shop: Shop) -> None:
+    cubes = [shop.cube(name, prose(60, ord(name))) for name in "abcde"]
+    for cube in cubes:
+        small.call("encode", **cube)
+    a, b, *others = cubes
+    for _ in range(2):
+        ask(small, [a, b])
+    for line in small.call("status")["mounted"]:  # also what was placed
+        if line["kind"] == "kv":
+            small.call("unmount", store=line["store"], path=line["cube"])
+    for cube in others:
+        small.call("mount", **cube)
+    with shop.kv("b").open("rb") as file:
+        drop(file.fileno())
+        before = small.call("status")["ahead"]["prefetched"]
+        small.call("mount", **a)
+        until(lambda: small.call("status")["ahead"]["prefetched"] > before)
+        until(lambda: cached_bytes(file.fileno()))
+    found = tiers_of(small, shop)
+    assert found["a"] == "device" and found["b"] == "page cache"

@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 KNOWN = 64
-"""Cubes remembered that were in the model lately, for ``status``."""
+"""Cubes remembered that were in the model lately, or were read ahead, for ``status``."""
 
 
 class Mounted:
@@ -132,6 +132,25 @@ class Mounted:
             self.residency.use(cube.key)
             return entry
 
+    def is_held(self, cube: Cube) -> bool:
+        """Whether it is on the device or in host memory."""
+        if self.residency.peek(cube.key) is not None:
+            return True
+        return self.host is not None and self.host.residency.peek(cube.key) is not None
+
+    async def load_ahead(self, files: Files) -> None:
+        """Loads a cube that nobody asked for yet, on probation, where nothing has to go for it.
+
+        Raises what ``load`` raises, and tells nobody of it; OverBudget where there is no room.
+        """
+        cube = files.cube
+        async with self._loading.setdefault(cube.key, asyncio.Lock()):
+            if not self.is_held(cube):
+                pinned = await self.in_io(files.pinned)
+                entry = await self._load(files, evicting=False)
+                self._remember(cube)
+                self._follow_header(entry, pinned, files.owner)
+
     async def _from_host(self, files: Files) -> Entry[Memory] | None:
         """The cube back on the device from host memory, where it is there and its files stand."""
         key = files.cube.key
@@ -149,14 +168,15 @@ class Mounted:
         memory = replace(kept.value, cube=files.cube, cache=cache, pinned=False)
         return self.residency.add(key, memory, kept.tokens)
 
-    async def _load(self, files: Files) -> Entry[Memory]:
+    async def _load(self, files: Files, *, evicting: bool = True) -> Entry[Memory]:
         text: Text = await self.in_io(files.text)
         fd, signature = await self.in_io(files.open_kv)
         header = await self.in_io(kv_store.fit, fd, self.resident, text.sha256)
         rows = self.resident.base + header.tokens + kv_store.ROOM
-        await self._make_room(rows * self.resident.shape.token_bytes)
+        make_room = self._make_room if evicting else self._require_room
+        await make_room(rows * self.resident.shape.token_bytes)
         cache, _ = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
-        await self._make_room(cache.nbytes)  # another may have come in while this one was read
+        await make_room(cache.nbytes)  # another may have come in while this one was read
         memory = Memory(files.cube, cache, text.sha256, text.signature, signature)
         return self.residency.add(files.cube.key, memory, header.tokens)
 
@@ -329,6 +349,10 @@ class Mounted:
                 self._announce_gone(entry, "evicted")
             if self.host is not None:
                 await self.host.keep(gone)
+
+    async def _require_room(self, nbytes: int) -> None:
+        if self.residency.used_bytes + nbytes > self.residency.budget_bytes:
+            raise OverBudget(f"{nbytes} bytes are not free")
 
     def _remember(self, cube: Cube) -> None:
         self._known[cube.key] = cube

@@ -101,7 +101,7 @@ class Residency(Generic[T]):
             # Not how much is: whose it is, is not known here, nor who will read this.
             raise OverBudget(
                 f"{nbytes} bytes are wanted; too much of the budget of {self.budget_bytes} bytes "
-                "is pinned or in use"
+                "is pinned or in use; `memfs pin --off` something, or raise budget_bytes"
             )
         for entry in going:
             self.remove(entry.key)
