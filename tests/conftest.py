@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS
+from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS, STORAGE
 
 # One thread a process, before torch is first imported: tests start several processes, and two that
 # compute at once on the same cores are many times slower than one after the other.
@@ -140,6 +140,7 @@ def make_kv() -> Callable[..., bytes]:
             "token_count": "3",
             "token_ids_sha256": hashlib.sha256(data[kvfile.TOKEN_IDS].tobytes()).hexdigest(),
             "payload_sha256": hashlib.sha256(payload).hexdigest(),
+            STORAGE: "exact",
         }
         return kv_bytes(KV_MODEL | text | fields, data)
 

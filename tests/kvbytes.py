@@ -11,7 +11,7 @@ import xxhash
 from memfs.cube import kvfile
 from memfs.cube.fingerprint import CHECKSUMS
 
-DTYPES = {"int32": "I32", **kvfile.DTYPES}
+DTYPES = {"int32": "I32", "int8": "I8", **kvfile.DTYPES}
 
 
 def kv_bytes(fields: Mapping[str, str], data: Mapping[str, np.ndarray[Any, Any]]) -> bytes:

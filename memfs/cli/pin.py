@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from typing import Any
 
 from memfs.cli import output, targets
 from memfs.cli.encode import encode
-from memfs.cube import layout, metadata
+from memfs.cli.headers import set_state
 from memfs.errors import KVCorrupt, KVForeign, KVStale, MemfsError, NotFound
 from memfs.runtime.client import RuntimeClient
-from memfs.vault.frozen import Frozen
-from memfs.vault.identity import first_header, holder, read_meta
-from memfs.vault.lock import lock
-from memfs.vault.publish import publish_bytes, write_all
 
 HELP = "have cubes stay in the model"
 EPILOG = """\
@@ -67,7 +62,7 @@ def _pin(client: RuntimeClient | None, cube: targets.Target) -> dict[str, Any] |
             encode(client, cube)
             loaded = client.call("pin", **cube.named())["pinned"]
     try:
-        _write(cube, pinned=True)
+        set_state(cube, "pinned", True)
     except (MemfsError, OSError):
         if client is not None:
             client.call("pin", **cube.named(), on=False)
@@ -76,37 +71,9 @@ def _pin(client: RuntimeClient | None, cube: targets.Target) -> dict[str, Any] |
 
 
 def _release(client: RuntimeClient | None, cube: targets.Target) -> None:
-    _write(cube, pinned=False)
+    set_state(cube, "pinned", False)
     if client is not None:
         client.call("pin", **cube.named(), on=False)
-
-
-def _write(cube: targets.Target, *, pinned: bool) -> None:
-    """Says it in the cube's header: through the mount, or in the store where there is none."""
-    with contextlib.ExitStack() as stack:
-        store = stack.enter_context(targets.open_store(cube.store))
-        mounted = str(store.root) != cube.store
-        if not mounted:
-            stack.enter_context(lock(store, f"is being written by process {os.getpid()}"))
-            Frozen(store).require(cube.path)
-        path = layout.join(cube.path, layout.META)
-        try:
-            meta = read_meta(store, cube.path)
-        except FileNotFoundError:
-            meta = first_header(None, cube.path)
-        state = meta.setdefault("state", {})
-        if state.get("pinned", False) == pinned:
-            return
-        state["pinned"] = pinned
-        data = metadata.render(meta)
-        if not mounted:
-            publish_bytes(store, path, data, like=holder(store, cube.path))
-            return
-        fd = store.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            write_all(fd, data)
-        finally:
-            os.close(fd)  # the mount takes it as a whole, or refuses it, now
 
 
 def _line(said: dict[str, Any]) -> str:

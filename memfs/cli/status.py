@@ -145,6 +145,8 @@ def _row_nearby(line: Facts) -> tuple[str, ...]:
 
 def _row(line: Facts) -> tuple[str, ...]:
     marks = [mark for mark in ("pinned", "protected") if line[mark]]
+    if line["storage"] == "int8":
+        marks.append("int8")
     return (
         line["cube"] or "(several, placed together)",
         line["kind"],

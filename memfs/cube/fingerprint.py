@@ -1,9 +1,10 @@
 """The fingerprint of a KV cache: every fact that must agree before it may be used.
 
 It is kept as strings in the metadata of ``kv.safetensors``. The model's part (``MODEL_FIELDS``) is
-made by the runtime from the live model; the text's part (``TEXT_FIELDS``) from the payload; the
-checksums from the tensors. Comparing is here, without torch, so that the filesystem can say
-``foreign`` or ``stale`` with no model loaded. Pure functions, any thread.
+made by the runtime from the live model; the text's part (``TEXT_FIELDS``) from the payload; how
+they are stored is the cube's choice; the checksums are the tensors'. Comparing is here, without
+torch, so that the filesystem can say ``foreign`` or ``stale`` with no model loaded. Pure functions,
+any thread.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 
 from memfs.errors import KVCorrupt, KVForeign, KVStale
 
-FORMAT = "memfs-kv-1"
+FORMAT = "memfs-kv-2"
 
 MODEL_FIELDS = (
     "format",  # FORMAT
@@ -41,21 +42,35 @@ TEXT_FIELDS = (
     "payload_sha256",  # of payload.md, byte for byte
 )
 
+STORAGE = "storage"
+"""Metadata key of how keys and values are stored: one of STORAGES. It is neither the model's nor
+the text's: a cube's header chooses it, and a file of either kind serves."""
+
+STORAGES = ("exact", "int8")
+"""As the model made them, in its dtype; or as 8-bit integers and scales."""
+
 CHECKSUMS = "xxh3"
 """Metadata key of the checksums: JSON object, tensor name to xxh3-64 in hex."""
 
 
-FIELDS = (*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS)
+FIELDS = (*MODEL_FIELDS, *TEXT_FIELDS, STORAGE, CHECKSUMS)
 """All fields, in the order in which they stand in a file."""
 
 
 def require_fields(found: Mapping[str, str]) -> None:
-    """Raises KVCorrupt naming the first field that is missing, or that is none."""
+    """Raises KVCorrupt naming the first field that is missing, or that is none; or the format."""
     for name in FIELDS:
         if name not in found:
             raise KVCorrupt(f"its fingerprint has no {name}")
+        if name == "format" and found[name] != FORMAT:  # before what another format may not have
+            raise KVCorrupt(f"format is {found[name][:40]!a}, not {FORMAT!r}")
     if more := found.keys() - set(FIELDS):
         raise KVCorrupt(f"its fingerprint has {min(more)[:40]!a}, which is none of its fields")
+
+
+def is_complete(model: Mapping[str, str]) -> bool:
+    """Whether a model's part is of this format: one remembered from an older memfs may not be."""
+    return model.get("format") == FORMAT and model.keys() >= set(MODEL_FIELDS)
 
 
 def require_model(found: Mapping[str, str], model: Mapping[str, str]) -> None:

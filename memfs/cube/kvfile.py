@@ -2,7 +2,8 @@
 
 The file is an ordinary safetensors file. Tensors: ``token_ids`` (int32, [tokens]) and one
 ``layers.NNN`` a layer, [2, kv_heads, tokens, head_dim], keys then values, so that a layer is one
-contiguous block. The metadata is the fingerprint (see ``fingerprint``).
+contiguous block; in int8 storage its scales stand in front of it (``layer_tensors``). The metadata
+is the fingerprint (see ``fingerprint``).
 
 Why a reader and a writer of the header of our own: the blocks are read by ``preadv`` straight into
 the buffers that the model attends to, which needs their offsets; the file is somebody else's, may
@@ -16,28 +17,61 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import xxhash
 
-from memfs.cube.fingerprint import CHECKSUMS, FIELDS, FORMAT, require_fields, require_model
+from memfs.cube.fingerprint import (
+    CHECKSUMS,
+    FIELDS,
+    STORAGE,
+    STORAGES,
+    require_fields,
+    require_model,
+)
 from memfs.errors import KVCorrupt
 
 TOKEN_IDS = "token_ids"
 MAX_HEADER = 1 << 20
-"""A header of 200 layers takes under 40 kB; a longer one than this is refused unread."""
+"""A header of 200 layers takes under 130 kB; a longer one than this is refused unread."""
+KEY_SCALES, VALUE_SCALES = ".key_scales", ".value_scales"
+"""Behind a layer's name: its scales' in int8 storage."""
+KEY_GROUP = 64
+"""Tokens whose keys share a scale a channel, in int8 storage."""
 BLOCK = 1 << 20
 ALIGNMENT = 64
 """Where the data begins, and each layer with it: a copy across cache lines takes a third more."""
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensor name to dtype, as safetensors names it, and shape."""
 
 
 def layer_name(index: int) -> str:
     """Tensor name of a layer."""
     return f"layers.{index:03d}"
+
+
+def layer_tensors(
+    index: int, storage: str, dtype: str, kv_heads: int, tokens: int, head_dim: int
+) -> Shapes:
+    """What a layer consists of, in the order it stands in.
+
+    Args:
+        dtype: of keys and values in exact storage, as safetensors names it.
+    """
+    name, rows = layer_name(index), (2, kv_heads, tokens, head_dim)
+    if storage == "exact":
+        return {name: (dtype, rows)}
+    groups = -(-tokens // KEY_GROUP)
+    return {
+        f"{name}{KEY_SCALES}": ("F32", (kv_heads, groups, head_dim)),
+        f"{name}{VALUE_SCALES}": ("F32", (kv_heads, tokens)),
+        name: ("I8", rows),
+    }
 
 
 @dataclass(frozen=True)
@@ -65,8 +99,13 @@ class Header:
         return self.tensors[TOKEN_IDS].shape[0]
 
     @property
+    def storage(self) -> str:
+        """How keys and values are stored."""
+        return self.fingerprint[STORAGE]
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, scales included."""
         return sum(t.nbytes for name, t in self.tensors.items() if name != TOKEN_IDS)
 
 
@@ -104,8 +143,6 @@ def read_header(fd: int, model: Mapping[str, str] | None = None) -> Header:
     ):
         raise KVCorrupt("its header has no metadata of strings")
     require_fields(fingerprint)
-    if fingerprint["format"] != FORMAT:
-        raise KVCorrupt(f"format is {fingerprint['format'][:40]!a}, not {FORMAT!r}")
     if model is not None:
         require_model(fingerprint, model)
     tensors = _tensors(raw, data_offset=8 + length, size=size)
@@ -146,18 +183,38 @@ def checksums_text(checksums: Mapping[str, str]) -> str:
 
 
 def check_tensors(fd: int, header: Header) -> None:
-    """Reads every tensor and raises KVCorrupt naming the first whose bytes do not match."""
-    buffer = bytearray(BLOCK)
+    """Reads every tensor and raises KVCorrupt naming the first whose bytes are not right."""
     for name, tensor in header.tensors.items():
-        digest, done = xxhash.xxh3_64(), 0
-        while done < tensor.nbytes:
-            view = memoryview(buffer)[: min(BLOCK, tensor.nbytes - done)]
-            count = os.preadv(fd, [view], tensor.offset + done)
+        digest, scales = xxhash.xxh3_64(), name.endswith((KEY_SCALES, VALUE_SCALES))
+        for block in _blocks(fd, name, tensor):
+            digest.update(block)
+            if scales:
+                _require_scales(name, block.cast("f"))
+        require_checksum(header, name, digest.hexdigest())
+
+
+def _blocks(fd: int, name: str, tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, ``BLOCK`` at a time, each in the place of the one before."""
+    buffer = memoryview(bytearray(min(BLOCK, tensor.nbytes)))
+    for start in range(0, tensor.nbytes, BLOCK):
+        block, done = buffer[: tensor.nbytes - start], 0
+        while done < len(block):
+            count = os.preadv(fd, [block[done:]], tensor.offset + start + done)
             if count == 0:
                 raise KVCorrupt(f"it ends within {name}")
-            digest.update(view[:count])
             done += count
-        require_checksum(header, name, digest.hexdigest())
+        yield block
+
+
+def _require_scales(name: str, scales: memoryview[float]) -> None:
+    # What is not finite stays in the sum; that of finite ones cannot overflow, as it is a double.
+    if not (math.isfinite(sum(scales)) and min(scales) > 0):
+        raise scales_error(name)
+
+
+def scales_error(name: str) -> KVCorrupt:
+    """What is raised for scales that are no scales."""
+    return KVCorrupt(f"{name} has one that is not finite and above 0")
 
 
 def require_checksum(header: Header, name: str, found: str) -> None:
@@ -206,9 +263,7 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
 
 
-def _checked_shapes(
-    fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _checked_shapes(fingerprint: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Shapes:
     """What the fingerprint says of every tensor, in their order: it is what they are."""
     numbers = {}
     for name in ("layers", "kv_heads", "head_dim", "token_count", "base_position"):
@@ -216,15 +271,18 @@ def _checked_shapes(
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             raise KVCorrupt(f"{name} is {text[:40]!a}")
         numbers[name] = int(text)
-    tokens, layers = numbers["token_count"], numbers["layers"]
-    dtype = DTYPES.get(fingerprint["dtype"])
+    dtype, storage = DTYPES.get(fingerprint["dtype"]), fingerprint[STORAGE]
     if dtype is None:
         raise KVCorrupt(f"dtype is {fingerprint['dtype'][:40]!a}")
-    if len(tensors) != layers + 1:
-        raise KVCorrupt(f"layers is {layers}, tensors are {len(tensors)}")
-    shape = (2, numbers["kv_heads"], tokens, numbers["head_dim"])
-    expected: dict[str, tuple[str, tuple[int, ...]]]
-    expected = {layer_name(i): (dtype, shape) for i in range(layers)}
+    if storage not in STORAGES:
+        raise KVCorrupt(f"{STORAGE} is {storage[:40]!a}")
+    tokens, layers = numbers["token_count"], numbers["layers"]
+    sizes = (storage, dtype, numbers["kv_heads"], tokens, numbers["head_dim"])
+    if len(tensors) != layers * len(layer_tensors(0, *sizes)) + 1:
+        raise KVCorrupt(f"layers is {layers}, tensors are {len(tensors)} ({STORAGE}: {storage})")
+    expected: Shapes = {}
+    for index in range(layers):
+        expected |= layer_tensors(index, *sizes)
     expected[TOKEN_IDS] = ("I32", (tokens,))
     for name, (kind, extents) in expected.items():
         tensor = tensors.get(name)
@@ -233,7 +291,7 @@ def _checked_shapes(
         if (tensor.dtype, tensor.shape) != (kind, extents):
             raise KVCorrupt(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, where kv_heads, token_count, "
-                f"head_dim and dtype say {kind} {list(extents)}"
+                f"head_dim, dtype and {STORAGE} say {kind} {list(extents)}"
             )
     return expected
 

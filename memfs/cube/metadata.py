@@ -89,7 +89,12 @@ def new(*, title: str | None = None, copied_from: str | None = None) -> Meta:
             "versions": [],
             "fingerprint": None,
         },
-        "state": {"lifecycle": "generated", "frozen": False, "pinned": False},
+        "state": {
+            "lifecycle": "generated",
+            "frozen": False,
+            "pinned": False,
+            "storage": "exact",
+        },
     }
 
 
@@ -132,6 +137,11 @@ def render(meta: Meta) -> bytes:
 def cube_id(meta: Meta) -> str:
     """The id in a checked header."""
     return str(meta["descriptive"]["id"])
+
+
+def storage(meta: Meta) -> str:
+    """How a checked header wants the KV cache to be stored."""
+    return str(meta.get("state", {}).get("storage", "exact"))
 
 
 def show(stored: Meta, live: Meta) -> Meta:

@@ -19,7 +19,7 @@ TOO_SENSITIVE = frozenset({"confidential", "secret"})
 _KEPT = {
     "descriptive": ("id", "created", "title", "type", "tags"),
     "governance": ("expires", "priority", "sensitivity", "licence", "watermark"),
-    "state": ("lifecycle", "frozen"),
+    "state": ("lifecycle", "frozen", "storage"),
 }
 _SHOWN = {"governance": ("owner", "group", "mode"), "behavioural": ("fingerprint",)}
 

@@ -181,7 +181,7 @@ class Control:
                 "mounted": [
                     {"cube": cube, "store": self._mount.store, "kind": "kv", "tier": None}
                     | {"tokens": found.tokens, "bytes": found.nbytes, "hits": None}
-                    | {"sessions": sorted(found.uids)}
+                    | {"storage": None, "sessions": sorted(found.uids)}
                     for cube, found in state.mounted.items()
                 ],
             }

@@ -256,6 +256,7 @@ def _live(facts: CubeFacts, usage: Usage | None, past: Version | None) -> Meta:
                 "reason": facts.kv_reason,
                 "bytes": facts.kv_bytes,
                 "tokens": facts.kv_tokens,
+                "storage": facts.kv_storage,
             },
             "adapter": {
                 "state": facts.adapter_state,

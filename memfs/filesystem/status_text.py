@@ -68,6 +68,8 @@ def _memory(line: dict[str, Any]) -> str:
         parts.append(_size(line["bytes"]))
     if line.get("tier"):
         parts.append(str(line["tier"]))
+    if line.get("storage") == "int8":
+        parts.append("int8")
     if line.get("hits") is not None:
         parts.append(f"{line['hits']} hits")
     return ", ".join(parts)

@@ -30,7 +30,7 @@ import xxhash
 from memfs.errors import IndexDamaged
 from memfs.vault.facts import CubeFacts
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever a key, a value or a field of CubeFacts changes its meaning: an index of another
 format is made again."""
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from memfs.cube import layout
+from memfs.cube import layout, metadata
 from memfs.cube.access import Caller, allowed
 from memfs.cube.acl import READ, SEARCH, Acl
 from memfs.errors import (
@@ -195,10 +195,18 @@ class Files:
 
     def pinned(self) -> bool:
         """Whether its header pins it."""
+        return bool(self._header().get("state", {}).get("pinned"))
+
+    def storage(self) -> str:
+        """How its header wants the KV cache to be stored."""
+        return metadata.storage(self._header())
+
+    def _header(self) -> metadata.Meta:
+        """The header; nothing where it cannot be read."""
         try:
-            return bool(read_meta(self.directory, "").get("state", {}).get("pinned"))
+            return read_meta(self.directory, "")
         except (OSError, InvalidMetadata, NotAllowed):
-            return False
+            return {}
 
     def _open(self, name: str) -> int:
         shown = layout.join(self.cube.path, name)

@@ -223,7 +223,8 @@ class Service:
             if mount:
                 (await mounted.open(caller, cube, "mount")).close()
             text = await mounted.in_io(files.text)
-        async for event in serving.making.make(caller, cube, text, force=force):
+            storage = await mounted.in_io(files.storage)
+        async for event in serving.making.make(caller, cube, text, storage, force=force):
             if event["event"] == "progress":
                 yield event
         if mount:

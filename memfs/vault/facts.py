@@ -56,6 +56,7 @@ class CubeFacts:
     lifecycle: str = "generated"
     frozen: bool = False
     pinned: bool = False
+    storage: str = "exact"  # as its KV cache is to be made
     meta_sig: Sig | None = None
     """None where there is no meta.json."""
     meta_reason: str | None = None
@@ -80,6 +81,7 @@ class CubeFacts:
     kv_reason: str | None = None
     kv_bytes: int = 0
     kv_tokens: int | None = None
+    kv_storage: str | None = None
     kv_sig: Sig | None = None
     kv_model: dict[str, str] | None = None
     """The model's part of the file's fingerprint: another model is judged by it, the file unread.
@@ -203,6 +205,7 @@ def with_meta(facts: CubeFacts, meta: metadata.Meta, sig: Sig) -> CubeFacts:
         lifecycle=state.get("lifecycle", "generated"),
         frozen=state.get("frozen", False),
         pinned=state.get("pinned", False),
+        storage=metadata.storage(meta),
         meta_sig=sig,
         meta_reason=None,
     )
@@ -217,7 +220,7 @@ def _judge_kv(facts: CubeFacts, model: Mapping[str, str] | None) -> CubeFacts:
         if facts.payload_sha256 is not None:
             recorded = {"payload_sha256": facts.kv_payload_sha256 or ""}
             fingerprint.require_text(recorded, facts.payload_sha256)
-        if model is None or not _complete(model):
+        if model is None or not fingerprint.is_complete(model):
             return replace(facts, kv_state="unchecked", kv_reason=None)
         fingerprint.require_model(facts.kv_model, model)
     except KVStale as e:
@@ -225,11 +228,6 @@ def _judge_kv(facts: CubeFacts, model: Mapping[str, str] | None) -> CubeFacts:
     except KVForeign as e:
         return replace(facts, kv_state="foreign", kv_reason=e.detail)
     return replace(facts, kv_state="ready", kv_reason=None)
-
-
-def _complete(model: Mapping[str, str]) -> bool:
-    """Whether it has every field: one remembered from an older memfs may not."""
-    return all(name in model for name in fingerprint.MODEL_FIELDS)
 
 
 def _judge_adapter(facts: CubeFacts) -> CubeFacts:
@@ -337,6 +335,7 @@ def _read_kv(
     return replace(
         facts,
         kv_tokens=header.tokens,
+        kv_storage=header.storage,
         kv_bytes=sig.size,
         kv_sig=sig,
         kv_model={name: header.fingerprint[name] for name in fingerprint.MODEL_FIELDS},

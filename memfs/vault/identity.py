@@ -105,6 +105,7 @@ def last_known(facts: CubeFacts, path: str) -> metadata.Meta:
         "lifecycle": facts.lifecycle,
         "frozen": facts.frozen,
         "pinned": facts.pinned,
+        "storage": facts.storage,
     }
     return meta
 

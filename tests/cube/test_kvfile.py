@@ -20,6 +20,8 @@ from memfs.cube.fingerprint import (
     CHECKSUMS,
     FORMAT,
     MODEL_FIELDS,
+    STORAGE,
+    STORAGES,
     TEXT_FIELDS,
     require_fields,
     require_model,
@@ -31,7 +33,7 @@ from tests.kvbytes import kv_bytes
 LAYERS, HEADS, TOKENS, HEAD_DIM = 2, 2, 5, 4
 
 
-def fingerprint() -> dict[str, str]:
+def fingerprint(storage: str = "exact") -> dict[str, str]:
     fields = {name: f"{name} of a test" for name in (*MODEL_FIELDS, *TEXT_FIELDS)}
     return fields | {
         "format": FORMAT,
@@ -41,23 +43,27 @@ def fingerprint() -> dict[str, str]:
         "token_count": str(TOKENS),
         "base_position": "7",
         "dtype": "float32",
+        STORAGE: storage,
     }
 
 
-def tensors() -> dict[str, np.ndarray[Any, Any]]:
+def tensors(storage: str = "exact") -> dict[str, np.ndarray[Any, Any]]:
     random = np.random.default_rng(0)
-    layers: dict[str, np.ndarray[Any, Any]] = {
-        kvfile.layer_name(i): random.standard_normal((2, HEADS, TOKENS, HEAD_DIM), np.float32)
-        for i in range(LAYERS)
-    }
+    layers: dict[str, np.ndarray[Any, Any]] = {}
+    for index in range(LAYERS):
+        described = kvfile.layer_tensors(index, storage, "F32", HEADS, TOKENS, HEAD_DIM)
+        for name, (dtype, shape) in described.items():
+            layers[name] = random.standard_normal(shape, np.float32)
+            if dtype == "I8":
+                layers[name] = random.integers(-127, 128, shape, np.int8)
+            elif storage == "int8":
+                layers[name] = np.abs(layers[name])
     return layers | {kvfile.TOKEN_IDS: np.arange(TOKENS, dtype=np.int32)}
 
 
-def written(
-    fields: dict[str, str] | None = None, data: dict[str, np.ndarray[Any, Any]] | None = None
-) -> bytes:
-    """A whole file; the checksums are right unless ``fields`` has its own."""
-    return kv_bytes(fields or fingerprint(), data or tensors())
+def written(storage: str = "exact", data: dict[str, np.ndarray[Any, Any]] | None = None) -> bytes:
+    """A whole file, with the checksums of its tensors."""
+    return kv_bytes(fingerprint(storage), data or tensors(storage))
 
 
 def check(path: Path, content: bytes) -> kvfile.Header:
@@ -72,9 +78,9 @@ def check(path: Path, content: bytes) -> kvfile.Header:
         os.close(fd)
 
 
-def edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
+def edited(edit: Callable[[dict[str, Any]], None], storage: str = "exact") -> bytes:
     """A whole file with its header changed by ``edit``."""
-    content = written()
+    content = written(storage)
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     edit(header)
@@ -83,11 +89,19 @@ def edited(edit: Callable[[dict[str, Any]], None]) -> bytes:
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-def test_a_whole_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+KV_BYTES = {
+    "exact": LAYERS * 2 * HEADS * TOKENS * HEAD_DIM * 4,
+    "int8": LAYERS * HEADS * (2 * TOKENS * HEAD_DIM + 4 * HEAD_DIM + 4 * TOKENS),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_whole_file_is_read_as_safetensors_reads_it(storage: str, tmp_path: Path) -> None:
     path = tmp_path / "kv.safetensors"
-    header = check(path, written())
+    header = check(path, written(storage))
     assert header.tokens == TOKENS
-    assert header.kv_bytes == LAYERS * 2 * HEADS * TOKENS * HEAD_DIM * 4
+    assert header.storage == storage
+    assert header.kv_bytes == KV_BYTES[storage]
     content = path.read_bytes()
     for name, array in load_file(path).items():
         tensor = header.tensors[name]
@@ -95,7 +109,7 @@ def test_a_whole_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
         assert tensor.shape == array.shape
 
 
-@pytest.mark.parametrize("name", [*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS])
+@pytest.mark.parametrize("name", [*MODEL_FIELDS, *TEXT_FIELDS, STORAGE, CHECKSUMS])
 def test_a_missing_field_is_named(name: str, tmp_path: Path) -> None:
     content = edited(lambda header: header["__metadata__"].pop(name))
     with pytest.raises(KVCorrupt, match=f"no {name}$"):
@@ -107,6 +121,17 @@ def test_a_field_of_another_model_is_named(name: str) -> None:
     require_model(fingerprint(), fingerprint())
     with pytest.raises(KVForeign, match=rf": {name} is "):
         require_model(fingerprint(), fingerprint() | {name: "other"})
+
+
+def test_a_file_of_another_format_is_told_from_one_that_lacks_a_field(tmp_path: Path) -> None:
+    """An earlier format had fewer fields: what is wrong is the format."""
+
+    def change(header: dict[str, Any]) -> None:
+        header["__metadata__"]["format"] = "memfs-kv-1"
+        del header["__metadata__"][STORAGE]
+
+    with pytest.raises(KVCorrupt, match="format is 'memfs-kv-1', not 'memfs-kv-2'"):
+        check(tmp_path / "kv", edited(change))
 
 
 def test_another_text_is_named() -> None:
@@ -131,6 +156,9 @@ def test_another_text_is_named() -> None:
         ("base_position", "x"),
         ("dtype", "float16"),
         ("dtype", "int8"),
+        (STORAGE, "int8"),
+        (STORAGE, "int4"),
+        (STORAGE, ""),
         (CHECKSUMS, "{"),
         (CHECKSUMS, "{}"),
         (CHECKSUMS, "[]"),
@@ -143,8 +171,9 @@ def test_a_field_that_does_not_fit_the_tensors_is_refused(
         check(tmp_path / "kv", edited(lambda header: header["__metadata__"].update({name: value})))
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
-    whole = written()
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_truncation_is_refused(storage: str, tmp_path: Path) -> None:
+    whole = written(storage)
     for length in {*range(0, len(whole), 97), 1, 7, 8, 9, len(whole) - 1}:
         with pytest.raises(KVCorrupt):
             check(tmp_path / "kv", whole[:length])
@@ -152,21 +181,35 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         check(tmp_path / "kv", whole + b"\0")
 
 
-def test_every_flipped_bit_of_the_tensors_is_seen(tmp_path: Path) -> None:
-    whole = written()
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_flipped_bit_of_the_tensors_is_seen(storage: str, tmp_path: Path) -> None:
+    whole = written(storage)
     start = 8 + struct.unpack("<Q", whole[:8])[0]
     for at in range(start, len(whole), 53):
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
-        with pytest.raises(KVCorrupt, match="do not match their checksum"):
+        with pytest.raises(KVCorrupt, match=r"do not match their checksum|not finite and above 0"):
             check(tmp_path / "kv", bytes(damaged))
 
 
+@pytest.mark.parametrize("kind", [kvfile.KEY_SCALES, kvfile.VALUE_SCALES])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, -1.0])
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_scale_that_is_none_is_named(kind: str, scale: float, at: int, tmp_path: Path) -> None:
+    data, name = tensors("int8"), f"layers.001{kind}"
+    check(tmp_path / "kv", written("int8", data))
+    data[name].flat[at] = scale
+    with pytest.raises(KVCorrupt, match=f"{name} has one that is not finite and above 0"):
+        check(tmp_path / "kv", written("int8", data))
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
-@given(at=st.integers(0), value=st.integers(1, 255))
-def test_a_damaged_header_never_passes_as_another_one(at: int, value: int, tmp_path: Path) -> None:
+@given(at=st.integers(0), value=st.integers(1, 255), storage=st.sampled_from(STORAGES))
+def test_a_damaged_header_never_passes_as_another_one(
+    at: int, value: int, storage: str, tmp_path: Path
+) -> None:
     """Whatever byte of it changes: a refusal, or another fingerprint of the same tensors."""
-    whole = written()
+    whole = written(storage)
     length = 8 + struct.unpack("<Q", whole[:8])[0]
     damaged = bytearray(whole)
     damaged[at % length] ^= value
@@ -243,6 +286,37 @@ def _tensor(header: dict[str, Any]) -> dict[str, Any]:
 def test_a_lying_header_is_refused(edit: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     with pytest.raises(KVCorrupt):
         check(tmp_path / "kv", edited(edit))
+
+
+def _scales(header: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = header["layers.000.key_scales"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda h: h["__metadata__"].update(storage="exact"),
+        lambda h: h.pop("layers.000.key_scales"),
+        lambda h: h.update({"layers.002.key_scales": h.pop("layers.001.key_scales")}),
+        lambda h: _scales(h).update(dtype="I32"),
+        lambda h: _scales(h).update(dtype="F16"),
+        lambda h: _scales(h).update(shape=[HEADS, HEAD_DIM]),
+        lambda h: _scales(h).update(shape=[HEADS, HEAD_DIM, 1]),
+        lambda h: _scales(h).update(shape=[HEADS, 2, HEAD_DIM]),
+        lambda h: _scales(h).update(shape=[1 << 47, 1 << 47]),
+        lambda h: _scales(h).update(data_offsets=h["layers.001.key_scales"]["data_offsets"]),
+        lambda h: h["layers.000.value_scales"].update(shape=[TOKENS, HEADS]),
+        lambda h: _tensor(h).update(dtype="BF16", shape=[HEADS, TOKENS, HEAD_DIM]),
+        lambda h: h["__metadata__"].update(token_count="0"),
+        lambda h: h["__metadata__"].update(token_count=str(TOKENS + kvfile.KEY_GROUP)),
+    ],
+)
+def test_a_header_that_lies_about_int8_is_refused(
+    edit: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    with pytest.raises(KVCorrupt):
+        check(tmp_path / "kv", edited(edit, "int8"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 
 import xxhash
 
-from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS
+from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS, STORAGE
 from memfs.cube.kvfile import header_bytes
 
 MODEL = dict.fromkeys(MODEL_FIELDS, "0") | {
@@ -28,6 +28,7 @@ def kv_file(text: bytes, tokens: int = 8, model: dict[str, str] | None = None) -
         "token_count": str(tokens),
         "token_ids_sha256": hashlib.sha256(ids).hexdigest(),
         "payload_sha256": hashlib.sha256(text).hexdigest(),
+        STORAGE: "exact",
         "xxh3": json.dumps(
             {
                 "layers.000": xxhash.xxh3_64(layer).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memfs.cube import kvfile
-from memfs.cube.fingerprint import CHECKSUMS, MODEL_FIELDS, TEXT_FIELDS
+from memfs.cube.fingerprint import CHECKSUMS, MODEL_FIELDS, STORAGE, STORAGES, TEXT_FIELDS
 from memfs.errors import KVCorrupt, KVForeign, KVStale, Refused
 from memfs.runtime.client import RuntimeClient
 from memfs.runtime.kv import kv_store
@@ -31,13 +32,17 @@ def resident(tiny_model_dir: Path, load_model: Callable[[Path], Resident]) -> Re
     return load_model(tiny_model_dir)
 
 
-@pytest.fixture(scope="module")
-def good(resident: Resident, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A whole and fitting file."""
+@pytest.fixture(scope="module", params=STORAGES)
+def good(
+    resident: Resident,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> bytes:
+    """A whole and fitting file, in each way of storing it."""
     path = tmp_path_factory.mktemp("good") / "kv.safetensors"
     made = run_all(prefill(resident, prose(60), None))
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
-    kv_store.write(fd, made.cache, resident, made.ids, SHA)
+    kv_store.write(fd, made.cache, resident, made.ids, SHA, request.param)
     os.close(fd)
     return path.read_bytes()
 
@@ -65,7 +70,7 @@ def test_the_good_file_is_read(resident: Resident, good: bytes, tmp_path: Path) 
     read(resident, tmp_path / "kv", good)
 
 
-@pytest.mark.parametrize("field", [*MODEL_FIELDS, *TEXT_FIELDS, CHECKSUMS])
+@pytest.mark.parametrize("field", [*MODEL_FIELDS, *TEXT_FIELDS, STORAGE, CHECKSUMS])
 @pytest.mark.parametrize("how_changed", ["other", "empty", "missing"])
 def test_every_field_is_checked(
     resident: Resident, good: bytes, tmp_path: Path, field: str, how_changed: str
@@ -132,7 +137,7 @@ def test_every_tensor_is_checked(resident: Resident, good: bytes, tmp_path: Path
         for at in (entry["data_offsets"][0], entry["data_offsets"][1] - 1):
             damaged = bytearray(good)
             damaged[8 + length + at] ^= 0x10
-            with pytest.raises(KVCorrupt, match=name):
+            with pytest.raises(KVCorrupt, match=f"{name} "):
                 read(resident, tmp_path / "kv", bytes(damaged))
 
 
@@ -168,17 +173,21 @@ def test_more_tokens_than_the_model_takes_are_refused_unread(
     tokens, shape = 4_000_000, resident.shape
     header = kvfile.read_header(_open(tmp_path / "good", good))
     sums = dict.fromkeys(header.tensors, "0" * 16)
-    shapes = {
-        name: (t.dtype, [*t.shape[:2], tokens, *t.shape[3:]] if len(t.shape) > 1 else [tokens])
-        for name, t in sorted(header.tensors.items(), key=lambda item: item[1].offset)
-    }
+    sizes = (header.storage, "F32", shape.kv_heads, tokens, shape.head_dim)
+    shapes: kvfile.Shapes = {}
+    for index in range(shape.layers):
+        shapes |= kvfile.layer_tensors(index, *sizes)
+    shapes[kvfile.TOKEN_IDS] = ("I32", (tokens,))
+    nbytes = sum(
+        math.prod(extents) * kvfile.ITEM_BYTES[dtype] for dtype, extents in shapes.values()
+    )
     fields = header.fingerprint | {
         "token_count": str(tokens),
         CHECKSUMS: kvfile.checksums_text(sums),
     }
     start = kvfile.header_bytes(fields, shapes)
     fd = _open(tmp_path / "holes", start)
-    os.truncate(tmp_path / "holes", len(start) + tokens * (4 + shape.token_bytes))
+    os.truncate(tmp_path / "holes", len(start) + nbytes)
     with pytest.raises(KVCorrupt, match="token_count is 4000000; the model takes 8192"):
         kv_store.read(fd, resident, SHA)
 
@@ -251,7 +260,7 @@ def test_the_daemon_answers_from_the_text(runtime: RuntimeClient, shop: Shop) ->
     good = shop.kv("a").read_bytes()
     (length,) = struct.unpack("<Q", good[:8])
 
-    for field in (*MODEL_FIELDS, "payload_sha256", "token_ids_sha256"):
+    for field in (*MODEL_FIELDS, STORAGE, "payload_sha256", "token_ids_sha256"):
         changed = with_header(good, lambda h, f=field: h["__metadata__"].update({f: "9"}))
         shop.kv("a").write_bytes(changed)
         refused(runtime, cube, field)

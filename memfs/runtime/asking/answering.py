@@ -37,6 +37,8 @@ class Part:
     tokens: int = 0
     ids: list[int] = field(default_factory=list)
     """Of the text, once it has been tokenized."""
+    storage: str | None = None
+    """How the file is stored that the cache came from."""
 
     @property
     def how(self) -> str:
@@ -83,7 +85,14 @@ def answer(resident: Resident, question: Question) -> Steps:
         "prompt_tokens": prompt_tokens,
         "cached_tokens": cached,
         "cubes": [
-            {"path": p.path, "store": p.store, "how": p.how, "why": p.why, "tokens": p.tokens}
+            {
+                "path": p.path,
+                "store": p.store,
+                "how": p.how,
+                "why": p.why,
+                "tokens": p.tokens,
+                "storage": p.storage,
+            }
             for p in question.parts
         ],
     }
@@ -108,7 +117,7 @@ def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[i
             raise TooLong(f"{total} tokens with the question, of {resident.context}")
         left = parts.pop(0)
         left.cache, left.why = None, "left out: the mounted memories are longer than the context"
-        left.tokens = 0
+        left.tokens, left.storage = 0, None
     if not parts:
         ids = resident.prompt.question(question.text, bare=True)
     return parts, ids

@@ -100,7 +100,9 @@ class Asking:
             if why is None:
                 try:
                     entry = await mounted.load(files, caller.uid)
-                    return Part(cube.path, root, None, entry.value.cache), entry
+                    memory = entry.value
+                    part = Part(cube.path, root, None, memory.cache, storage=memory.storage)
+                    return part, entry
                 except NotFound:
                     why = f"it has no {layout.KV}"
                 except MemfsError as e:

@@ -21,39 +21,56 @@ from memfs.runtime.model.resident import Resident
 from memfs.vault.publish import publishing
 
 
-def ready(cube: Cube, resident: Resident, text: Text) -> dict[str, Any] | None:
-    """What an encode has to say of a KV cache that fits already; None where there is none."""
+def ready(cube: Cube, resident: Resident, text: Text, storage: str) -> dict[str, Any] | None:
+    """What an encode has to say of a KV cache that fits already; None where there is none.
+
+    Args:
+        storage: as it must be stored.
+    """
     with _beside(cube, text) as fd:
         if fd is None:
             return None
         try:
             header = kv_store.fit(fd, resident, text.sha256)
+            if header.storage != storage:
+                return None
             check_tensors(fd, header)
         except MemfsError:
             return None
         size = os.fstat(fd).st_size
-    return {"tokens": header.tokens, "kept_tokens": header.tokens, "seconds": 0.0, "bytes": size}
+    return {
+        "tokens": header.tokens,
+        "kept_tokens": header.tokens,
+        "seconds": 0.0,
+        "bytes": size,
+        "storage": storage,
+    }
 
 
 def earlier(cube: Cube, resident: Resident, text: Text) -> tuple[KVCache, list[int]] | None:
-    """This model's KV cache of an earlier text of the cube, if there is one that can be trusted."""
+    """This model's KV cache of an earlier text of the cube, if there is one that can be trusted.
+
+    One in int8 is none: its rows are not what the model computes, and would be rounded once more.
+    """
     with _beside(cube, text) as fd:
         try:
-            return None if fd is None else kv_store.read(fd, resident, None, room=0)
+            if fd is None or kv_store.fit(fd, resident, None).storage != "exact":
+                return None
+            return kv_store.read(fd, resident, None, room=0)
         except MemfsError:
             return None
 
 
-def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text) -> int:
+def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text, storage: str) -> int:
     """Publishes the file, owned like the text; its bytes.
 
     Raises, and publishes nothing: KVStale where the text changed meanwhile, NotAllowed where the
-    cube was frozen.
+    cube was frozen, MemfsError where int8 cannot store what the model made.
     """
     with cube.open(None) as files:  # the directory that is looked at is the one that is written to
         here = files.directory
         with publishing(here, layout.KV, like=layout.PAYLOAD) as (fd, _):
-            size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256)
+            size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256, storage)
             with files.again() as now:
                 if now.signature != text.signature and now.text().sha256 != text.sha256:
                     raise KVStale(f"{cube.path}: the text changed while it was encoded")

@@ -2,8 +2,10 @@
 
 Reading goes layer by layer from the file straight into the buffers the model attends to, and each
 layer is hashed while it is still in the processor's cache; on an accelerator through one pair of
-pinned buffers, one being read while the other is copied. The file is never mapped: one that is cut
-short while it is read is then an error, not a bus error. Used by the service, in its I/O threads.
+pinned buffers, one being read while the other is copied. A layer in int8 storage is read into a
+buffer of one layer, and computed from there into its place. The file is never mapped: one that is
+cut short while it is read is then an error, not a bus error. Used by the service, in its I/O
+threads.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import xxhash
 
-from memfs.cube.fingerprint import CHECKSUMS, require_text
+from memfs.cube.fingerprint import CHECKSUMS, STORAGE, require_text
 from memfs.cube.kvfile import (
     DTYPES,
+    KEY_SCALES,
     TOKEN_IDS,
+    VALUE_SCALES,
     Header,
     checksums_text,
     header_bytes,
@@ -29,11 +33,18 @@ from memfs.cube.kvfile import (
     require_checksum,
 )
 from memfs.errors import KVCorrupt
+from memfs.runtime.kv.int8 import Packed, pack, require_scales, unpack
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident, ids_digest
 
 ROOM = 512
 """Rows of room behind a mounted memory, for a question and its answer."""
+
+_DTYPE_NAMES = {
+    **{getattr(torch, name): short for name, short in DTYPES.items()},
+    torch.int32: "I32",
+    torch.int8: "I8",
+}
 
 
 def read(
@@ -57,8 +68,11 @@ def read(
     else:
         cache = KVCache.in_spare_memory(resident.shape, rows)
         cache.append(resident.preamble)
-        for index, layer in enumerate(cache.layers):  # in one thread: two are no faster (measured)
-            _read_rows(fd, header, index, layer, cache.length)
+        if header.storage == "int8":
+            _read_int8(fd, header, cache)
+        else:
+            for index, layer in enumerate(cache.layers):  # one thread: two are no faster (measured)
+                _read_rows(fd, header, index, layer, cache.length)
     cache.length += header.tokens
     return cache, ids
 
@@ -78,32 +92,46 @@ def fit(fd: int, resident: Resident, payload_sha256: str | None) -> Header:
 
 
 def write(
-    fd: int, cache: KVCache, resident: Resident, ids: Sequence[int], payload_sha256: str
+    fd: int,
+    cache: KVCache,
+    resident: Resident,
+    ids: Sequence[int],
+    payload_sha256: str,
+    storage: str = "exact",
 ) -> int:
     """Writes the cube's rows of ``cache`` to an empty file; gives its size in bytes.
 
     Args:
         cache: [preamble | cube], the cube's rows being those of ``ids``.
+        storage: one of STORAGES.
+
+    Raises MemfsError where rows are to be stored in int8 and are not finite.
     """
     rows = slice(resident.base, resident.base + len(ids))
-    dtype = DTYPES[resident.fingerprint["dtype"]]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for index, layer in enumerate(cache.layers):
-            yield layer_name(index), layer[:, :, rows].cpu().contiguous()
+            name, exact = layer_name(index), layer[:, :, rows].cpu().contiguous()
+            if storage == "int8":
+                packed = pack(exact)
+                yield f"{name}{KEY_SCALES}", packed.key_scales
+                yield f"{name}{VALUE_SCALES}", packed.value_scales
+                exact = packed.integers
+            yield name, exact
         # Last: their length is any, and the layers are to stand at whole cache lines (ALIGNMENT).
         yield TOKEN_IDS, torch.tensor(ids, dtype=torch.int32)
 
     shapes: dict[str, tuple[str, Sequence[int]]] = {}
     checksums = {}
     for name, tensor in tensors():
-        shapes[name] = ("I32" if name == TOKEN_IDS else dtype, tensor.shape)
+        shapes[name] = (_DTYPE_NAMES[tensor.dtype], tensor.shape)
         checksums[name] = xxhash.xxh3_64_hexdigest(_bytes_of(tensor))
     fingerprint = {
         **resident.fingerprint,
         "token_count": str(len(ids)),
         "token_ids_sha256": ids_digest(ids),
         "payload_sha256": payload_sha256,
+        STORAGE: storage,
         CHECKSUMS: checksums_text(checksums),
     }
     with os.fdopen(os.dup(fd), "wb") as file:
@@ -138,23 +166,71 @@ def _read_tensor(fd: int, header: Header, name: str, views: list[memoryview]) ->
     require_checksum(header, name, digest.hexdigest())
 
 
+def _read_int8(fd: int, header: Header, cache: KVCache) -> None:
+    """Fills the layers of a cache on a CPU from int8 storage, through a buffer of one layer."""
+    shape = cache.shape
+    rows = slice(cache.length, cache.length + header.tokens)
+    staged = torch.empty(header.kv_bytes // shape.layers, dtype=torch.uint8)
+    scratch = torch.empty(header.tokens, shape.head_dim)
+    for index, layer in enumerate(cache.layers):
+        _read_layer(fd, header, index, staged)
+        unpack(_packed(staged, header), layer[:, :, rows], scratch)
+
+
+def _read_layer(fd: int, header: Header, index: int, staged: torch.Tensor) -> None:
+    """Reads a layer as it is stored into a buffer of its bytes, and checks it."""
+    name = layer_name(index)
+    if header.storage == "exact":
+        _read_tensor(fd, header, name, [_bytes_of(staged)])
+        return
+    packed = _packed(staged, header)
+    for part, tensor in (
+        (f"{name}{KEY_SCALES}", packed.key_scales),
+        (f"{name}{VALUE_SCALES}", packed.value_scales),
+        (name, packed.integers),
+    ):
+        _read_tensor(fd, header, part, [_bytes_of(tensor)])
+        if tensor.dtype == torch.float32:
+            require_scales(tensor, part)
+
+
+def _packed(staged: torch.Tensor, header: Header) -> Packed:
+    """The parts of an int8 layer in a buffer that holds its bytes, on whatever device."""
+    name = layer_name(0)  # all have the same shapes
+    keys, values, integers = (
+        header.tensors[part] for part in (f"{name}{KEY_SCALES}", f"{name}{VALUE_SCALES}", name)
+    )
+    parts = staged.split([keys.nbytes, values.nbytes, integers.nbytes])
+    return Packed(
+        parts[0].view(torch.float32).view(keys.shape),
+        parts[1].view(torch.float32).view(values.shape),
+        parts[2].view(torch.int8).view(integers.shape),
+    )
+
+
 def _read_through_pinned(fd: int, header: Header, cache: KVCache) -> None:
     """Fills the layers of a cache on an accelerator, reading one while the other is copied."""
     shape = cache.shape
+    nbytes = header.kv_bytes // shape.layers
     size = (2, shape.kv_heads, header.tokens, shape.head_dim)
     rows = slice(cache.length, cache.length + header.tokens)
     stream = torch.cuda.Stream(shape.device)
-    with _pinned.lock:
-        staged = [
-            b.view(shape.dtype).view(size) for b in _pinned.pair(header.kv_bytes // shape.layers)
-        ]
+    with _pinned.lock, torch.cuda.stream(stream):
+        if header.storage == "int8":  # computed from there, one layer after another in the stream
+            there = torch.empty(nbytes, dtype=torch.uint8, device=shape.device)
+            scratch = torch.empty(size[2:], device=shape.device)
+        staged = _pinned.pair(nbytes)
         copied = [torch.cuda.Event() for _ in staged]
         for index, layer in enumerate(cache.layers):
             buffer, done = staged[index % 2], copied[index % 2]
             done.synchronize()  # the copy out of this buffer, two layers ago
-            _read_tensor(fd, header, layer_name(index), [_bytes_of(buffer)])
-            with torch.cuda.stream(stream):
-                layer[:, :, rows].copy_(buffer, non_blocking=True)
+            _read_layer(fd, header, index, buffer)
+            if header.storage == "int8":
+                there.copy_(buffer, non_blocking=True)
+                done.record(stream)
+                unpack(_packed(there, header), layer[:, :, rows], scratch)
+            else:
+                layer[:, :, rows].copy_(buffer.view(shape.dtype).view(size), non_blocking=True)
                 done.record(stream)
         stream.synchronize()
 

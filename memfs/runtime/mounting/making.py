@@ -27,26 +27,29 @@ class Making:
         self.encodings = Encodings()
 
     async def make(
-        self, caller: Caller, cube: Cube, text: Text, *, force: bool
+        self, caller: Caller, cube: Cube, text: Text, storage: str, *, force: bool
     ) -> AsyncIterator[dict[str, Any]]:
         """The ``progress`` of making it from ``text``, then ``done`` and what was done.
 
         Args:
+            storage: how it is to be stored.
             force: also where there is one that fits, and from the first token on.
         """
 
         async def work(tell: Tell) -> dict[str, Any]:
-            return await self._make(cube, text, tell, force=force)
+            return await self._make(cube, text, storage, tell, force=force)
 
-        key = f"{cube.key}\0{text.sha256}\0{force}"
+        key = f"{cube.key}\0{text.sha256}\0{storage}\0{force}"
         with self._mounted.denying(cube, caller.uid, "promote"):
             async for event in self.encodings.run(key, work):
                 yield event
 
-    async def _make(self, cube: Cube, text: Text, tell: Tell, *, force: bool) -> dict[str, Any]:
+    async def _make(
+        self, cube: Cube, text: Text, storage: str, tell: Tell, *, force: bool
+    ) -> dict[str, Any]:
         mounted, in_io = self._mounted, self._mounted.in_io
         resident = mounted.resident
-        if not force and (ready := await in_io(cube_kv.ready, cube, resident, text)):
+        if not force and (ready := await in_io(cube_kv.ready, cube, resident, text, storage)):
             return {**ready, "event": "done", "path": cube.path, "made": False}
         await in_io(cube.require_writable)
         earlier = None if force else await in_io(cube_kv.earlier, cube, resident, text)
@@ -59,7 +62,7 @@ class Making:
             raise
         encoded = job.result
         assert encoded is not None
-        size = await in_io(cube_kv.publish, cube, resident, encoded, text)
+        size = await in_io(cube_kv.publish, cube, resident, encoded, text, storage)
         await mounted.recheck(cube)  # what was mounted was another file
         mounted.announce("encoded", cube, tokens=len(encoded.ids))
         return {
@@ -70,4 +73,5 @@ class Making:
             "kept_tokens": encoded.kept,
             "seconds": encoded.seconds,
             "bytes": size,
+            "storage": storage,
         }

@@ -24,6 +24,8 @@ class Memory:
     kv_signature: Signature | None
     pinned: bool = False
     """Whether the cube's header pinned it when it was last looked at."""
+    storage: str | None = None
+    """How the file was stored that it was read from; None for several."""
 
     @property
     def nbytes(self) -> int:

@@ -177,7 +177,8 @@ class Mounted:
         await make_room(rows * self.resident.shape.token_bytes)
         cache, _ = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
         await make_room(cache.nbytes)  # another may have come in while this one was read
-        memory = Memory(files.cube, cache, text.sha256, text.signature, signature)
+        read_from = (text.sha256, text.signature, signature)
+        memory = Memory(files.cube, cache, *read_from, storage=header.storage)
         return self.residency.add(files.cube.key, memory, header.tokens)
 
     def lend(self, entries: list[Entry[Memory]]) -> tuple[str | None, KVCache | None]:
@@ -319,6 +320,7 @@ class Mounted:
             "kind": "kv" if cube else "placed",
             "tokens": entry.tokens,
             "bytes": entry.value.nbytes,
+            "storage": entry.value.storage,
             "tier": "device",
             "hits": entry.hits,
             "pinned": entry.pinned,
