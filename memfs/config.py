@@ -49,6 +49,9 @@ class Config:
     """Who else than its user may use a runtime: nobody, ``all`` or a group."""
     runtime_of: str = ""
     """The user whose shared runtime is used in place of an own one."""
+    compose: str = "blend:0.1"
+    """What is computed again of later cubes where several are placed: ``rotate``, ``link:ROWS`` or
+    ``blend:SHARE``."""
     mount_on_read: bool = True
     """Whether reading a kv.safetensors or an adapter puts it into the model."""
 

@@ -18,6 +18,8 @@ examples:
   memfs ask --json -c handbook "Who?" | jq .ttft_s
 
 A cube whose KV cache is missing or does not fit is answered from its text, and the reason is said.
+Several cubes are put together from their KV caches, close to what their texts together would be
+(composed, in --json), and exactly that from the first question on that comes after an idle moment.
 """
 
 
@@ -64,8 +66,11 @@ def _explain(report: dict[str, Any], *, wanted_kv: bool) -> None:
     line = (
         f"first token after {output.seconds(report['ttft_s'])} "
         f"({output.number(computed)} tokens computed, "
-        f"{output.number(report['cached_tokens'])} from KV)"
+        f"{output.number(report['cached_tokens'])} from KV"
     )
+    if report["recomputed_tokens"]:
+        line += f", {output.number(report['recomputed_tokens'])} of them again"
+    line += f", composed: {report['composed']})" if report["composed"] else ")"
     if report["tokens_per_s"]:
         line += f", then {report['tokens_per_s']:.0f} tokens/s"
     print(output.styled(line, "dim", sys.stderr), file=sys.stderr)

@@ -147,6 +147,10 @@ def _row(line: Facts) -> tuple[str, ...]:
     marks = [mark for mark in ("pinned", "protected") if line[mark]]
     if line["storage"] == "int8":
         marks.append("int8")
+    if line["composed"]:
+        marks.append(line["composed"])
+    if line["joint"] is not None:
+        marks.append(f"exact: {line['joint']:.0%} done")
     return (
         line["cube"] or "(several, placed together)",
         line["kind"],

@@ -188,7 +188,7 @@ def _start(config: Config, path: Path) -> RuntimeClient:
     command += ["--threads", str(config.threads), "--budget-bytes", str(config.budget_bytes)]
     command += ["--host-budget-bytes", str(config.host_budget_bytes)]
     command += ["--prefetch-bytes", str(config.prefetch_bytes)]
-    command += ["--shared", config.shared]
+    command += ["--shared", config.shared, "--compose", config.compose]
     with log_path(config).open("ab") as log:
         daemon = subprocess.Popen(
             command,

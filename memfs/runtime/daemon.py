@@ -44,19 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host-budget-bytes", type=int, default=Config.host_budget_bytes)
     parser.add_argument("--prefetch-bytes", type=int, default=Config.prefetch_bytes)
     parser.add_argument("--shared", default=Config.shared)
+    parser.add_argument("--compose", default=Config.compose)
     args = parser.parse_args(argv)
-    config = Config(
-        args.model,
-        args.device,
-        args.dtype,
-        args.threads,
-        args.budget_bytes,
-        args.host_budget_bytes,
-        args.prefetch_bytes,
-        shared=args.shared,
-    )
+    options = vars(args)
+    path = options.pop("socket")
+    config = Config(**options)
     try:
-        return run(config, args.socket)
+        return run(config, path)
     except (RuntimeUnavailable, InvalidConfig) as e:
         print(f"memfs: {e}", file=sys.stderr)  # noqa: T201  a daemon's last words, for its log
         return e.exit_code

@@ -25,6 +25,7 @@ from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
 from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
 from memfs.runtime.asking.asks import Asking
+from memfs.runtime.asking.policy import Policy
 from memfs.runtime.cubes import Cube, Stores
 from memfs.runtime.model.resident import Resident
 from memfs.runtime.mounting.ahead import Ahead
@@ -64,6 +65,7 @@ class Service:
         self.failure: MemfsError | None = None
         self.step = "starting"
         """What the loading is at."""
+        self._policy = Policy.parse(config.compose)
         self._load = load
         self._worker = Worker()
         # A second thread with an OpenMP team makes more threads than processors, and then those of
@@ -93,7 +95,7 @@ class Service:
             self._serving = Serving(
                 mounted,
                 Making(mounted, self._worker),
-                Asking(mounted, self._worker),
+                Asking(mounted, self._worker, self._policy),
                 Preparing(resident, self._worker),
                 Ahead(mounted, self.config.prefetch_bytes),
             )

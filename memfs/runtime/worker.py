@@ -28,7 +28,8 @@ class Priority(IntEnum):
 
     ANSWER = 0
     ENCODE = 1
-    IDLE = 2
+    JOINT = 2
+    IDLE = 3
 
 
 class Job(Generic[Item, Result]):

@@ -7,19 +7,21 @@ first with the time to first token, and returns the report that ``memfs ask --js
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers.decoders import DecodeStream
 
 from memfs.errors import TooLong
-from memfs.runtime.asking.composition import place
+from memfs.runtime.asking.composition import place, refine
+from memfs.runtime.asking.policy import Policy
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
 
 Steps = Generator[dict[str, Any], None, "Answer"]
+R = TypeVar("R")
 
 
 @dataclass
@@ -35,8 +37,8 @@ class Part:
     why: str | None = None
     """Why it is text, where a KV cache was wanted."""
     tokens: int = 0
-    ids: list[int] = field(default_factory=list)
-    """Of the text, once it has been tokenized."""
+    ids: Sequence[int] = ()
+    """Of the cache's rows; of the text, once it has been tokenized."""
     storage: str | None = None
     """How the file is stored that the cache came from."""
 
@@ -58,8 +60,12 @@ class Question:
     """``time.perf_counter()`` when the request came in: where the time to first token starts."""
     drop_oldest: bool = False
     """Whether memories that do not fit the context are left out, the oldest first."""
+    policy: Policy = field(default_factory=Policy)
+    """Of what is computed again where several caches are placed."""
     lent: KVCache | None = None
     """All parts in one cache, to be answered in: nobody else is writing into its room."""
+    lent_as: str | None = None
+    """How several parts came into it: by a policy, or ``exact``."""
 
 
 @dataclass
@@ -67,14 +73,30 @@ class Answer:
     """A report, and what is worth keeping."""
 
     report: dict[str, Any]
-    placed: KVCache | None = field(default=None)
+    placed: KVCache | None
     """The parts placed one after another, where that was done for this question."""
+
+
+@dataclass
+class _Memory:
+    """What a question is put behind."""
+
+    cache: KVCache
+    cached: int = 0
+    """Rows of it that came from KV caches."""
+    recomputed: int = 0
+    """Those of them that were computed again since."""
+    composed: str | None = None
+    """How several caches were put together; None where there are not several."""
+    placed: KVCache | None = None
+    """It again, if worth keeping."""
 
 
 def answer(resident: Resident, question: Question) -> Steps:
     """Answers. Raises TooLong where memory, question and answer do not fit the context."""
     parts, ids = _fitting(resident, question)
-    cache, cached, made = yield from _memory(resident, question, parts, len(ids))
+    memory = yield from _memory(resident, question, parts, len(ids))
+    cache = memory.cache
     logits = yield from _quietly(resident.engine.prefill(cache, ids, logits=True))
     assert logits is not None
     prompt_tokens = cache.length
@@ -83,7 +105,9 @@ def answer(resident: Resident, question: Question) -> Steps:
     report = {
         **decoded,
         "prompt_tokens": prompt_tokens,
-        "cached_tokens": cached,
+        "cached_tokens": memory.cached,
+        "recomputed_tokens": memory.recomputed,
+        "composed": memory.composed,
         "cubes": [
             {
                 "path": p.path,
@@ -96,7 +120,7 @@ def answer(resident: Resident, question: Question) -> Steps:
             for p in question.parts
         ],
     }
-    return Answer(report, made)
+    return Answer(report, memory.placed)
 
 
 def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[int]]:
@@ -125,31 +149,40 @@ def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[i
 
 def _memory(
     resident: Resident, question: Question, parts: list[Part], asked: int
-) -> Generator[dict[str, Any], None, tuple[KVCache, int, KVCache | None]]:
-    """A cache of the parts, how many of its rows came from KV, and it again if worth keeping."""
+) -> Generator[dict[str, Any], None, _Memory]:
+    """The parts in one cache, with room for a question of ``asked`` tokens and the answer."""
     needed = asked + question.limit
     whole = question.lent
     if whole is not None and parts == question.parts:
         enough = whole.room >= needed
         cache = whole.borrowed() if enough else whole.resized(whole.length + needed)
-        return cache, cache.length, None
+        return _Memory(cache, cache.length, composed=question.lent_as)
     rows = sum(part.tokens for part in parts)
-    cache = resident.engine.new_cache(resident.base + rows + needed)
+    memory = _Memory(resident.engine.new_cache(resident.base + rows + needed))
     if not parts:
-        return cache, 0, None
+        return memory
+    cache = memory.cache
     cache.append(resident.preamble)
-    cached = resident.base
+    memory.cached = resident.base
     for part in parts:
-        if part.cache is not None:
-            if resident.inv_freq is None:
-                cache.append(part.cache, resident.base)
-            else:
-                place(cache, part.cache, resident.base, resident.inv_freq)
-            cached += part.tokens
-        else:
+        if part.cache is None:
             yield from _quietly(resident.engine.prefill(cache, part.ids))
-    keep = len(parts) > 1 and all(part.cache is not None for part in parts)
-    return cache, cached, cache.borrowed() if keep else None
+            continue
+        if resident.inv_freq is None or part is parts[0]:
+            cache.append(part.cache, resident.base)
+        else:
+            place(cache, part.cache, resident.base, resident.inv_freq)
+            memory.composed = str(Policy())
+        memory.cached += part.tokens
+    if len(parts) > 1 and all(part.cache is not None for part in parts):
+        if resident.packs:
+            cubes = [part.ids for part in parts]
+            steps = refine(resident, cache, cubes, question.policy)
+            memory.recomputed = yield from _quietly(steps)
+            memory.composed = str(question.policy)
+        if parts == question.parts:
+            memory.placed = cache.borrowed()
+    return memory
 
 
 def _decode(
@@ -179,14 +212,12 @@ def _decode(
     }
 
 
-def _quietly(
-    steps: Generator[Any, None, torch.Tensor | None],
-) -> Generator[dict[str, Any], None, torch.Tensor | None]:
-    """Runs a prefill, giving the thread back after each chunk, without its progress."""
+def _quietly(steps: Generator[Any, None, R]) -> Generator[dict[str, Any], None, R]:
+    """Runs what computes in chunks, giving the thread back after each, without its progress."""
     while True:
         try:
             next(steps)
         except StopIteration as stop:
-            found: torch.Tensor | None = stop.value
+            found: R = stop.value
             return found
         yield {"event": "step"}

@@ -12,6 +12,8 @@ from memfs.cube import layout
 from memfs.cube.access import Caller
 from memfs.errors import InvalidRequest, MemfsError, NotAllowed, NotFound
 from memfs.runtime.asking.answering import Answer, Part, Question, answer
+from memfs.runtime.asking.joint import Joints
+from memfs.runtime.asking.policy import Policy
 from memfs.runtime.cubes import Cube, Text
 from memfs.runtime.mounting.memory import Memory
 from memfs.runtime.mounting.mounted import Mounted
@@ -25,9 +27,11 @@ MAX_ANSWER = 4096
 class Asking:
     """Answers questions from a mounted set."""
 
-    def __init__(self, mounted: Mounted, worker: Worker) -> None:
+    def __init__(self, mounted: Mounted, worker: Worker, policy: Policy) -> None:
         self._mounted = mounted
         self._worker = worker
+        self._policy = policy
+        self._joints = Joints(mounted, worker)
 
     async def ask(
         self,
@@ -68,10 +72,12 @@ class Asking:
                 if entry:
                     entry.users += 1
                     entries.append(entry)
-            whole = Question(question, parts, limit, asked_at, drop_oldest=cubes is None)
+            whole = Question(
+                question, parts, limit, asked_at, drop_oldest=cubes is None, policy=self._policy
+            )
             key = None
             if entries and len(entries) == len(parts):
-                key, whole.lent = mounted.lend(entries)
+                key, whole.lent, whole.lent_as = mounted.lend(entries)
             job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
             try:
                 async for event in job:
@@ -81,7 +87,7 @@ class Asking:
                 job.cancel()
                 raise
             assert job.result is not None
-            await self._after(caller, named, key, job.result)
+            await self._after(caller, named, key, entries[: len(parts)], job.result)
             yield {"ok": job.result.report}
         finally:
             for entry in entries:
@@ -101,7 +107,9 @@ class Asking:
                 try:
                     entry = await mounted.load(files, caller.uid)
                     memory = entry.value
-                    part = Part(cube.path, root, None, memory.cache, storage=memory.storage)
+                    part = Part(
+                        cube.path, root, None, memory.cache, ids=memory.ids, storage=memory.storage
+                    )
                     return part, entry
                 except NotFound:
                     why = f"it has no {layout.KV}"
@@ -113,11 +121,19 @@ class Asking:
         return Part(cube.path, root, text.text, None, why), None
 
     async def _after(
-        self, caller: Caller, named: list[Cube], key: str | None, done: Answer
+        self,
+        caller: Caller,
+        named: list[Cube],
+        key: str | None,
+        entries: list[Entry[Memory]],
+        done: Answer,
     ) -> None:
-        """Keeps what was placed for the next question, and announces who was asked."""
+        """Keeps what was placed for the next question, has it made exact, and announces who was
+        asked."""
         mounted = self._mounted
-        if key and done.placed is not None and mounted.residency.peek(key) is None:
-            await mounted.keep_placed(key, done.placed)
+        if key:
+            if done.placed is not None and mounted.residency.peek(key) is None:
+                await mounted.keep_placed(key, done.placed, done.report["composed"])
+            self._joints.soon(key, entries)
         for cube, line in zip(named, done.report["cubes"], strict=True):
             mounted.announce("asked", cube, uid=caller.uid, how=line["how"])

@@ -14,7 +14,7 @@ from collections.abc import Generator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from memfs.runtime.model.kv_cache import KVCache, KVShape, Slot, for_model
+from memfs.runtime.model.kv_cache import Enough, KVCache, KVShape, Slot, for_model
 
 PREFILL_CHUNK = 256
 
@@ -66,21 +66,44 @@ class Engine:
     def recompute(self, cache: KVCache, ids: Sequence[int], at: Sequence[int]) -> None:
         """Computes rows that are in ``cache`` again, each seeing all rows before it as they are
         then: those at the positions ``at``, ascending, whose tokens are ``ids``."""
-        positions = torch.tensor(list(at), device=self.shape.device)
-        self._run([Slot(cache, len(ids), positions)], ids, [])
+        self._run([self._there(cache, at)], ids, [])
 
-    def _run(self, slots: Sequence[Slot], ids: Sequence[int], wanted: list[int]) -> torch.Tensor:
+    def outlook(
+        self, cache: KVCache, ids: Sequence[int], at: Sequence[int], layer: int
+    ) -> torch.Tensor:
+        """Keys and values that rows would get at a layer if they were computed again, as far as the
+        layers before it: those alone are written, and cost anything.
+
+        Returns [2, kv_heads, rows, head_dim].
+        """
+        try:
+            self._run([self._there(cache, at)], ids, [], until=layer)
+        except Enough as enough:
+            return enough.states
+        raise AssertionError("a forward that goes through no cache")
+
+    def _there(self, cache: KVCache, at: Sequence[int]) -> Slot:
+        return Slot(cache, len(at), torch.tensor(at, device=self.shape.device))
+
+    def _run(
+        self,
+        slots: Sequence[Slot],
+        ids: Sequence[int],
+        wanted: Sequence[int],
+        until: int | None = None,
+    ) -> torch.Tensor:
         """Computes the rows of all slots, which the caches have then.
 
         Returns the logits after those rows that are ``wanted``, float32 [wanted, vocabulary]: the
-        model's own, which in some are a multiple of what the head gives.
+        model's own, which in some are a multiple of what the head gives. Raises Enough at the layer
+        ``until``.
         """
         device = self.shape.device
         with torch.inference_mode():
             rows = {
                 "input_ids": torch.tensor([list(ids)], device=device),
                 "position_ids": torch.cat([slot.positions() for slot in slots])[None],
-                "past_key_values": for_model(slots),
+                "past_key_values": for_model(slots, until),
                 "use_cache": True,
             }
             if wanted:

@@ -84,6 +84,12 @@ class KVCache:
         copied.append(self)
         return copied
 
+    def filled(self) -> KVCache:
+        """The same rows with no room behind them, while somebody else writes there."""
+        other = KVCache(self.shape, self.length, [b[:, :, : self.length] for b in self.layers])
+        other.length = self.length
+        return other
+
     def borrowed(self) -> KVCache:
         """The same buffers with a length of its own: writing behind it leaves this one as it is."""
         other = KVCache(self.shape, self.capacity, self.layers)
@@ -113,20 +119,34 @@ class Slot:
         return torch.arange(self.cache.length, self.end, device=self.cache.shape.device)
 
 
-def for_model(slots: Sequence[Slot]) -> Cache:
+class Enough(Exception):
+    """Ends a forward at a layer of which only the keys and values were wanted."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        """``states``: [2, kv_heads, rows, head_dim], in no cache."""
+        super().__init__()
+        self.states = states
+
+
+def for_model(slots: Sequence[Slot], until: int | None = None) -> Cache:
     """Caches as transformers wants them, for one forward over the rows of all slots, one after
-    another in a batch of one. ``KVCache.length`` is moved after the forward, by who runs it."""
+    another in a batch of one. ``KVCache.length`` is moved after the forward, by who runs it.
+
+    Args:
+        until: the layer at which the forward ends by raising ``Enough``.
+    """
     layers = slots[0].cache.shape.layers
-    return Cache(layers=[_Layer(slots, index) for index in range(layers)])
+    return Cache(layers=[_Layer(slots, index, index == until) for index in range(layers)])
 
 
 class _Layer(CacheLayerMixin):
     """One layer of the caches of a forward, in transformers' terms."""
 
-    def __init__(self, slots: Sequence[Slot], index: int) -> None:
+    def __init__(self, slots: Sequence[Slot], index: int, last: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._slots = slots
         self._index = index
+        self._last = last
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -138,7 +158,10 @@ class _Layer(CacheLayerMixin):
         """Writes the new rows, [1, kv_heads, rows, head_dim]; gives views of all that are seen.
 
         One sequence that goes on is a tensor, as every model expects; anything else ``Span``s.
+        Raises Enough.
         """
+        if self._last:
+            raise Enough(torch.cat((key_states, value_states)))
         keys: list[Span] = []
         values: list[Span] = []
         start = 0

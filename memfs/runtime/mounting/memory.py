@@ -5,6 +5,7 @@ Used by the tiers that hold it (``mounted``, ``host``). What looks at files bloc
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 from memfs.errors import InvalidRequest, NotFound
@@ -19,6 +20,8 @@ class Memory:
     cube: Cube | None
     """None for several."""
     cache: KVCache
+    ids: array[int]
+    """Of the cube's tokens; none for several."""
     payload_sha256: str
     payload_signature: Signature | None
     kv_signature: Signature | None
@@ -26,6 +29,10 @@ class Memory:
     """Whether the cube's header pinned it when it was last looked at."""
     storage: str | None = None
     """How the file was stored that it was read from; None for several."""
+    composed: str | None = None
+    """How several were put together: by which policy, or ``exact``; None for one."""
+    joint: float | None = None
+    """The share that is done of what will make it exact; None where that is not under way."""
 
     @property
     def nbytes(self) -> int:

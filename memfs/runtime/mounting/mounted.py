@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -175,13 +176,13 @@ class Mounted:
         rows = self.resident.base + header.tokens + kv_store.ROOM
         make_room = self._make_room if evicting else self._require_room
         await make_room(rows * self.resident.shape.token_bytes)
-        cache, _ = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
+        cache, ids = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
         await make_room(cache.nbytes)  # another may have come in while this one was read
         read_from = (text.sha256, text.signature, signature)
-        memory = Memory(files.cube, cache, *read_from, storage=header.storage)
+        memory = Memory(files.cube, cache, array("i", ids), *read_from, storage=header.storage)
         return self.residency.add(files.cube.key, memory, header.tokens)
 
-    def lend(self, entries: list[Entry[Memory]]) -> tuple[str | None, KVCache | None]:
+    def lend(self, entries: list[Entry[Memory]]) -> tuple[str | None, KVCache | None, str | None]:
         """Lends an answer a cache to write behind: of its only memory, or of all placed together.
 
         Args:
@@ -189,21 +190,22 @@ class Mounted:
                 one that is lent of several together is added.
 
         Returns:
-            The key of several together, and the cache; None where there is none, or another answer
-            is writing into its room.
+            The key of several together; the cache, without room behind it where another answer is
+            writing there, None where there is none; and how several were put together.
         """
         if len(entries) == 1:
-            return None, entries[0].value.cache if entries[0].users == 1 else None
+            return None, entries[0].value.cache if entries[0].users == 1 else None, None
         # These very files: whoever may read the same text may have put other rows beside it.
         key = "placed\0" + "\0".join(f"{e.key}\0{e.value.kv_signature}" for e in entries)
         found = self.residency.use(key)
-        if found is None or found.users:
-            return key, None
+        if found is None:
+            return key, None, None
         found.users += 1
         entries.append(found)
-        return key, found.value.cache
+        cache = found.value.cache if found.users == 1 else found.value.cache.filled()
+        return key, cache, found.value.composed
 
-    async def keep_placed(self, key: str, cache: KVCache) -> None:
+    async def keep_placed(self, key: str, cache: KVCache, composed: str) -> None:
         """Keeps several cubes as they were placed, where there is room, for the next question."""
         try:
             await self._make_room(cache.nbytes)
@@ -211,7 +213,7 @@ class Mounted:
             return  # an answer does not fail because its way there cannot be kept
         if self.residency.peek(key) is not None:
             return
-        memory = Memory(None, cache, key, None, None)
+        memory = Memory(None, cache, array("i"), key, None, None, composed=composed)
         self.residency.add(key, memory, cache.length - self.resident.base)
 
     def join(self, cube: Cube, uid: int, entry: Entry[Memory]) -> None:
@@ -323,6 +325,8 @@ class Mounted:
             "storage": entry.value.storage,
             "tier": "device",
             "hits": entry.hits,
+            "composed": entry.value.composed,
+            "joint": entry.value.joint,
             "pinned": entry.pinned,
             "protected": entry.protected,
             "sessions": [uid for uid, cubes in self._sessions.items() if entry.key in cubes],
