@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from environments import environment, python
 
 
 @dataclass(frozen=True)
@@ -138,16 +139,16 @@ PYFILESYSTEM_NEEDS = ("fs==2.4.16", "setuptools<81", "pytz", "parameterized")
 
 
 def pyfilesystem(place: Path) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    python = environment("pyfilesystem", PYFILESYSTEM_NEEDS)
+    inside = python(environment("conformance-pyfilesystem", PYFILESYSTEM_NEEDS))
     listed = (
         "import fs.test; print(*(n for n in dir(fs.test.FSTestCases) if n.startswith('test_')))"
     )
     names = subprocess.run(
-        [python, "-W", "ignore", "-c", listed], check=True, capture_output=True, text=True
+        [inside, "-W", "ignore", "-c", listed], check=True, capture_output=True, text=True
     ).stdout.split()
     for name in names:
         extra = {"PLACE": str(place), "CASE": f"OnPlace.{name}"}
-        yield name, [python, "-W", "ignore", "-c", PYFILESYSTEM], extra
+        yield name, [inside, "-W", "ignore", "-c", PYFILESYSTEM], extra
 
 
 SCRIPTS = {
@@ -181,19 +182,6 @@ def loads(place: Path) -> Iterator[tuple[str, list[str], dict[str, str]]]:
         yield f"fs_mark, {way}", ["sh", "-c", marks], {}
     for name, script in SCRIPTS.items():
         yield name, ["sh", "-ec", script], {}
-
-
-def environment(name: str, needs: tuple[str, ...]) -> str:
-    """The Python of an environment in the user's cache that has the packages."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made = cache / "memfs" / f"conformance-{name}"
-    inside = made / "bin" / "python"
-    stamp = made / "installed"
-    if not stamp.exists() or stamp.read_text() != "\n".join(needs):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", made], check=True)
-        subprocess.run([inside, "-m", "pip", "install", "-qq", *needs], check=True)
-        stamp.write_text("\n".join(needs))
-    return str(inside)
 
 
 SUITES = {

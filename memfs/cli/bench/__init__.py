@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
+from typing import Any
 
 from memfs.cli import output
 from memfs.cli.bench import harness
@@ -24,7 +25,7 @@ examples:
 
 Medians of paired runs, with their range. A bench uses a store of its own, and a runtime that it
 starts and stops. What --json prints has the machine, the date and the command in it, and is what is
-kept of a run.
+kept of a run; without it a table in Markdown is printed.
 """
 
 KINDS = {
@@ -40,7 +41,7 @@ Its module is light to import: torch and the model come when it measures."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="what is measured", metavar="WHAT", required=True)
     for name, line in KINDS.items():
-        kind = importlib.import_module(f"{__name__}.{name}")
+        kind = _module(name)
         sub = kinds.add_parser(
             name,
             help=line,
@@ -52,17 +53,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_arguments(sub)
         sub.add_argument("--runs", type=int, default=5, metavar="N", help="counted runs (5)")
         sub.add_argument("--json", action="store_true", help="print one JSON object")
-        sub.set_defaults(kind=kind)
+        sub.set_defaults(what=name)
 
 
 def run(args: argparse.Namespace) -> int:
     with output.Progress() as progress:
-        measured = args.kind.measure(args, progress.update)
+        measured = _module(args.what).measure(args, progress.update)
     command = shlex.join(["memfs", *(word for word in args.given if word != "--json")])
-    facts = {**harness.machine(), "command": command, "runs": args.runs, **measured}
+    ran = {"what": args.what, "command": command, "runs": args.runs}
+    facts = {**harness.machine(), **ran, **measured}
     if args.json:
         output.print_json(facts)
         return 0
-    print(f"{facts['date']}, {facts['machine']}, median (range) of {args.runs} runs")
-    args.kind.show(facts)
+    show(facts)
     return 0
+
+
+def show(facts: harness.Facts) -> None:
+    """Prints what a run found, and where: from the run itself, or from its ``--json``."""
+    print(harness.heading(facts))
+    _module(facts["what"]).show(facts)
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"{__name__}.{kind}")

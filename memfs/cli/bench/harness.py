@@ -40,6 +40,23 @@ def machine() -> Facts:
     }
 
 
+def device_name(device: str) -> str:
+    """A device as torch calls it, an accelerator with its name."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def heading(facts: Facts) -> str:
+    """The line above what a run found."""
+    known = [facts[name] for name in ("machine", "model", "device", "dtype") if name in facts]
+    if "threads" in facts:
+        known.append(f"threads: {facts['threads']}")
+    return f"{facts['date']}, {', '.join(known)}: median (range) of {facts['runs']} runs"
+
+
 def numbers(text: str) -> list[int]:
     """The type of an argument such as ``--tokens 256,1024``."""
     return [int(part) for part in text.split(",")]
@@ -48,6 +65,11 @@ def numbers(text: str) -> list[int]:
 def config_of(args: argparse.Namespace) -> Config:
     """The configuration, with what ``targets.add_model_arguments`` was given."""
     return Config.load(model=args.model, device=args.device, dtype=args.dtype)
+
+
+def threads(config: Config) -> int:
+    """How many a runtime of this configuration computes with."""
+    return config.threads or len(os.sched_getaffinity(0))
 
 
 def model_directory(config: Config, say: Say) -> Path:
@@ -123,11 +145,12 @@ def settle() -> None:
 def show_lines(lines: Sequence[Facts]) -> None:
     """Prints lines that have the same columns as a table in Markdown.
 
-    A value is a number, a text, or what ``spread`` gives. The column's name says the unit:
-    ``bytes``, ``share…`` and ``less…`` are shares, ``…_s`` is in seconds.
+    A value is a number, a text, or what ``spread`` gives; None where there is none. The column's
+    name says the unit: ``…bytes``, ``share…`` and ``less…`` are shares, ``…_s`` is in seconds.
     """
     columns = list(lines[0])
-    rows = [columns, *([_cell(c, line[c]) for c in columns] for line in lines)]
+    header = [column.removesuffix("_s").replace("_", " ") for column in columns]
+    rows = [header, *([_cell(c, line[c]) for c in columns] for line in lines)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     for row in rows:
@@ -138,13 +161,15 @@ def _cell(column: str, value: object) -> str:
     if isinstance(value, dict):
         low, middle, high = (_cell(column, value[name]) for name in ("min", "median", "max"))
         return f"{middle} ({low} to {high})"
-    if column == "bytes" and isinstance(value, int):
+    if column.endswith("bytes") and isinstance(value, int):
         return output.size(value)
     if isinstance(value, float):
         if column.startswith(("less", "share")):
             return f"{value:.1%}"
         return _seconds(value) if column.endswith("_s") else f"{value:.4g}"
-    return str(value)
+    if isinstance(value, int):
+        return output.number(value)
+    return "-" if value is None else str(value)
 
 
 def _seconds(value: float) -> str:

@@ -77,13 +77,14 @@ def measure(args: argparse.Namespace, say: Say) -> Facts:
             line["less_published"] = dict(zip(memos.MODELS, cuts, strict=True))
     return {
         "model": args.shape or config.model,
-        **{name: status[name] for name in ("device", "dtype", "token_bytes")},
+        "device": harness.device_name(status["device"]),
+        **{name: status[name] for name in ("dtype", "token_bytes")},
+        "threads": harness.threads(config),
         "ttft": lines,
     }
 
 
 def show(facts: Facts) -> None:
-    print(f"{facts['model']} on {facts['device']}, {facts['dtype']}")
     lines = [dict(line) for line in facts["ttft"]]
     for line in lines:
         published = line.pop("less_published", {})
@@ -148,9 +149,9 @@ def _lines(
         line = {"tokens": made["tokens"], "question_tokens": computed}
         line |= {"build_s": spread(build_s), "load_s": spread(load_s)}
         line |= {f"{arm}_s": spread(taken) for arm, taken in times.items()}
-        for arm in ("file", "resident"):
+        for arm, column in (("file", "less_from_file"), ("resident", "less_resident")):
             pairs = zip(times[arm], times["text"], strict=True)
-            line[f"less_{arm}"] = spread([1 - ours / text for ours, text in pairs])
+            line[column] = spread([1 - ours / text for ours, text in pairs])
         lines.append(line)
     return lines
 

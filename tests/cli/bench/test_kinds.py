@@ -37,7 +37,7 @@ def test_a_run_says_what_was_typed_and_on_what(
     assert '"command": "memfs bench start --runs 3"' in printed
     assert '"machine": "' in printed
     assert cli.main(["bench", "start", "--runs", "3"]) == 0
-    assert "median (range) of 3 runs" in capsys.readouterr().out
+    assert ": median (range) of 3 runs" in capsys.readouterr().out
 
 
 def test_a_kind_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,17 +50,27 @@ def test_a_kind_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_values_are_shown_with_their_unit_and_range(capsys: pytest.CaptureFixture[str]) -> None:
     ranged = {"median": 0.05, "min": 0.004, "max": 2.5}
     harness.show_lines(
-        [{"tokens": 4096, "bytes": 3 << 20, "file_s": ranged, "less_x": ranged, "ratio": 1.23456}]
+        [
+            {
+                "tokens": 4096,
+                "bytes": 3 << 20,
+                "file_s": ranged,
+                "less_x": ranged,
+                "ratio": 1.23456,
+                "c": None,
+            }
+        ]
     )
     header, rule, line = (row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines())
-    assert [cell.strip() for cell in header] == ["tokens", "bytes", "file_s", "less_x", "ratio"]
+    assert [cell.strip() for cell in header] == ["tokens", "bytes", "file", "less x", "ratio", "c"]
     assert all(set(cell.strip()) == {"-"} for cell in rule)
     assert [cell.strip() for cell in line] == [
-        "4096",
+        "4,096",
         "3.0 MiB",
         "50 ms (4.0 ms to 2.50 s)",
         "5.0% (0.4% to 250.0%)",
         "1.235",
+        "-",
     ]
 
 

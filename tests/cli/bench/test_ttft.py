@@ -39,7 +39,7 @@ def test_three_arms_of_each_length(bench: Bench) -> None:
     for line in facts["ttft"]:
         assert line["question_tokens"] == 22
         assert all(is_spread(line[name]) and line[name]["min"] > 0 for name in TIMES)
-        assert all(line[f"less_{arm}"]["max"] < 1 for arm in ("file", "resident"))
+        assert all(line[f"less_{arm}"]["max"] < 1 for arm in ("from_file", "resident"))
     assert facts["dtype"] == "float32"
     assert facts["token_bytes"] == 2 * 2 * 2 * 16 * 4
 
