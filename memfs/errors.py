@@ -114,6 +114,12 @@ class OverBudget(Refused):
     errno = _errno.ENOMEM
 
 
+class OutOfMemory(Refused):
+    """there is not enough memory on the device"""
+
+    errno = _errno.ENOMEM
+
+
 class RuntimeUnavailable(MemfsError):
     """no runtime is answering"""
 

@@ -176,12 +176,12 @@ class Files:
     def text(self) -> Text:
         """The payload, whole."""
         status = os.fstat(self._payload)
-        os.lseek(self._payload, 0, os.SEEK_SET)
-        with open(self._payload, "rb", closefd=False) as file:
-            data = file.read(MAX_TEXT + 1)
-        if len(data) > MAX_TEXT:
+        if status.st_size > MAX_TEXT:
             shown = layout.join(self.cube.path, layout.PAYLOAD)
             raise InvalidRequest(f"{shown} is longer than {MAX_TEXT} bytes")
+        os.lseek(self._payload, 0, os.SEEK_SET)
+        with open(self._payload, "rb", closefd=False) as file:
+            data = file.read(status.st_size)
         return Text(data, hashlib.sha256(data).hexdigest(), _signature(status))
 
     def open_kv(self) -> tuple[int, Signature]:

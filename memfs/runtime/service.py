@@ -23,7 +23,7 @@ from memfs.config import Config
 from memfs.cube import process
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
-from memfs.errors import InvalidRequest, MemfsError, NotFound, Refused
+from memfs.errors import InvalidRequest, MemfsError, NotFound, OutOfMemory, Refused
 from memfs.runtime.asking.asks import Asking
 from memfs.runtime.asking.policy import Policy
 from memfs.runtime.cubes import Cube, Stores
@@ -226,9 +226,10 @@ class Service:
                 (await mounted.open(caller, cube, "mount")).close()
             text = await mounted.in_io(files.text)
             storage = await mounted.in_io(files.storage)
-        async for event in serving.making.make(caller, cube, text, storage, force=force):
-            if event["event"] == "progress":
-                yield event
+        async with _relieving(mounted):
+            async for event in serving.making.make(caller, cube, text, storage, force=force):
+                if event["event"] == "progress":
+                    yield event
         if mount:
             with await mounted.open(caller, cube, "mount") as files:
                 await mounted.mount(files, caller.uid)
@@ -241,10 +242,11 @@ class Service:
         asked_at = time.perf_counter()
         serving = await self._model()
         try:
-            async for event in serving.asking.ask(
-                asked_at, caller, cubes, question, kv=kv, limit=limit
-            ):
-                yield event
+            async with _relieving(serving.mounted):
+                async for event in serving.asking.ask(
+                    asked_at, caller, cubes, question, kv=kv, limit=limit
+                ):
+                    yield event
             if kv:
                 named = serving.mounted.session(caller.uid) if cubes is None else cubes
                 serving.ahead.asked(caller, named)
@@ -313,3 +315,14 @@ class Service:
     def _publish(self, event: dict[str, Any]) -> None:
         for queue in self._subscribers:
             queue.put_nowait(event)
+
+
+@contextlib.asynccontextmanager
+async def _relieving(mounted: Mounted) -> AsyncIterator[None]:
+    """Where the body runs out of memory, the colder half of what is mounted goes: the next request
+    has room."""
+    try:
+        yield
+    except OutOfMemory:
+        await mounted.relieve(mounted.residency.used_bytes // 2)
+        raise

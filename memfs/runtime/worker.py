@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from memfs.errors import MemfsError
+from memfs.runtime.shortage import shortage
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,8 +48,12 @@ class Job(Generic[Item, Result]):
         """What the job yields, as it does; raises what the job raised."""
         while (item := await self._items.get()) is not _END:
             yield item
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its frames hold caches, and must not be held by one of them
 
     async def done(self) -> Result:
         """The result, once it is there; raises what the job raised."""
@@ -72,7 +77,7 @@ class Job(Generic[Item, Result]):
             self.result = stop.value
             return self._end(None)
         except Exception as e:  # noqa: BLE001  whatever a job raises belongs to who asked for it
-            return self._end(e if isinstance(e, MemfsError) else _explained(e))
+            return self._end(e if isinstance(e, MemfsError) else shortage(e) or _explained(e))
 
     def _end(self, error: Exception | None) -> bool:
         self._error = error
@@ -139,6 +144,7 @@ class Worker:
                 priority, _, job = heapq.heappop(self._queue)
             if job.step():
                 self._push(priority, job)
+            del job  # not while it waits for the next: the result may be a whole cache
 
 
 def _explained(error: Exception) -> MemfsError:

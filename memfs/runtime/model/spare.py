@@ -26,10 +26,11 @@ class Spare:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: list[mmap.mmap] = []
+        self._most = MOST
 
     def prepare(self, nbytes: int) -> Generator[None, None, None]:
         """Makes ``nbytes`` ready, or ``MOST``, a block a step; a fifth of a millisecond a MiB."""
-        while len(self._blocks) * BLOCK < min(nbytes, MOST):
+        while len(self._blocks) * BLOCK < min(nbytes, self._most):
             block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(OSError):  # a kernel without large pages
                 block.madvise(mmap.MADV_HUGEPAGE)
@@ -37,6 +38,12 @@ class Spare:
             with self._lock:
                 self._blocks.append(block)
             yield
+
+    def clear(self) -> bool:
+        """Gives the memory back, for good: there is too little of it. Whether there was any."""
+        with self._lock:
+            had, self._blocks, self._most = bool(self._blocks), [], 0
+        return had
 
     def take(self, count: int, nbytes: int) -> list[torch.Tensor] | None:
         """``count`` buffers of ``nbytes`` each, uint8; None where they are not ready."""

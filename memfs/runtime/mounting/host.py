@@ -16,10 +16,11 @@ from dataclasses import replace
 
 import torch
 
-from memfs.errors import OverBudget
+from memfs.errors import OutOfMemory, OverBudget
 from memfs.runtime.model.kv_cache import KVCache, KVShape
 from memfs.runtime.mounting.memory import Memory
 from memfs.runtime.mounting.residency import Entry, Residency
+from memfs.runtime.shortage import telling
 
 
 class Host:
@@ -43,9 +44,9 @@ class Host:
                 continue
             try:
                 self.residency.make_room(memory.cache.length * memory.cache.shape.token_bytes)
-                copied = await loop.run_in_executor(self._io, self._copied, memory.cache)
+                copied = await loop.run_in_executor(self._io, telling, self._copied, memory.cache)
                 self.residency.make_room(copied.nbytes)  # another may have come in meanwhile
-            except OverBudget:
+            except (OverBudget, OutOfMemory):
                 continue
             self.residency.add(entry.key, replace(memory, cache=copied), entry.tokens)
             self.residency.use(entry.key)

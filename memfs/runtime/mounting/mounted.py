@@ -10,24 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from memfs.cube.access import Caller
 from memfs.cube.metadata import rfc3339
-from memfs.errors import MemfsError, NotAllowed, OverBudget, Refused
+from memfs.errors import MemfsError, NotAllowed, OutOfMemory, OverBudget, Refused
 from memfs.runtime.cubes import Cube, Files, Text
 from memfs.runtime.kv import kv_store
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
+from memfs.runtime.model.spare import spare
 from memfs.runtime.mounting.host import Host, to_device
 from memfs.runtime.mounting.memory import Memory
 from memfs.runtime.mounting.residency import Entry, Residency
+from memfs.runtime.shortage import telling
 
 R = TypeVar("R")
 
@@ -69,7 +73,8 @@ class Mounted:
 
     async def in_io(self, function: Callable[..., R], *args: object) -> R:
         """Runs what blocks in an I/O thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._io, telling, function, *args)
 
     async def open(self, caller: Caller, cube: Cube, right: str) -> Files:
         """A cube's files, to be closed. Raises NotAllowed where a caller has not a right."""
@@ -112,7 +117,8 @@ class Mounted:
         Raises:
             NotFound: the cube has no KV cache.
             NotAllowed: they may not read it.
-            KVCorrupt, KVForeign, KVStale, OverBudget: it is refused; by name of what differs.
+            KVCorrupt, KVForeign, KVStale, OverBudget, OutOfMemory: it is refused; by name of what
+                differs.
         """
         cube = files.cube
         # Two readers of one cube share one load.
@@ -163,8 +169,9 @@ class Mounted:
             return None
         self.host.residency.use(key)
         rows, shape = kept.value.cache, self.resident.shape
-        await self._make_room((rows.length + kv_store.ROOM) * shape.token_bytes)
-        cache = await self.in_io(to_device, rows, shape, kv_store.ROOM)
+        nbytes = (rows.length + kv_store.ROOM) * shape.token_bytes
+        await self._make_room(nbytes)
+        cache = await self._with_room(nbytes, partial(to_device, rows, shape, kv_store.ROOM))
         await self._make_room(cache.nbytes)  # another may have come in meanwhile
         memory = replace(kept.value, cube=files.cube, cache=cache, pinned=False)
         return self.residency.add(key, memory, kept.tokens)
@@ -174,9 +181,11 @@ class Mounted:
         fd, signature = await self.in_io(files.open_kv)
         header = await self.in_io(kv_store.fit, fd, self.resident, text.sha256)
         rows = self.resident.base + header.tokens + kv_store.ROOM
+        nbytes = rows * self.resident.shape.token_bytes
         make_room = self._make_room if evicting else self._require_room
-        await make_room(rows * self.resident.shape.token_bytes)
-        cache, ids = await self.in_io(kv_store.read, fd, self.resident, text.sha256)
+        await make_room(nbytes)
+        read = partial(kv_store.read, fd, self.resident, text.sha256)
+        cache, ids = await (self._with_room(nbytes, read) if evicting else self.in_io(read))
         await make_room(cache.nbytes)  # another may have come in while this one was read
         read_from = (text.sha256, text.signature, signature)
         memory = Memory(files.cube, cache, array("i", ids), *read_from, storage=header.storage)
@@ -349,12 +358,33 @@ class Mounted:
     async def _make_room(self, nbytes: int) -> None:
         """Evicts until ``nbytes`` more fit: they do until the caller awaits something else."""
         while gone := self.residency.make_room(nbytes):
-            for entry in gone:
-                for session in self._sessions.values():
-                    session.pop(entry.key, None)
-                self._announce_gone(entry, "evicted")
-            if self.host is not None:
-                await self.host.keep(gone)
+            await self._put_out(gone)
+
+    async def _with_room(self, nbytes: int, make: Callable[[], R]) -> R:
+        """What takes ``nbytes`` to make, in an I/O thread; once more without what is colder, where
+        the device has less than the budget."""
+        try:
+            return await self.in_io(make)
+        except OutOfMemory:
+            if not await self.relieve(nbytes):
+                raise
+            return await self.in_io(make)
+
+    async def relieve(self, nbytes: int) -> bool:
+        """Gives back what is coldest, ``nbytes`` where that much may go; whether any went."""
+        gc.collect()  # errors and the frames that they came through, with caches in them
+        had_spare = spare.clear()
+        gone = self.residency.shed(nbytes)
+        await self._put_out(gone)
+        return had_spare or bool(gone)
+
+    async def _put_out(self, gone: list[Entry[Memory]]) -> None:
+        for entry in gone:
+            for session in self._sessions.values():
+                session.pop(entry.key, None)
+            self._announce_gone(entry, "evicted")
+        if self.host is not None:
+            await self.host.keep(gone)
 
     async def _require_room(self, nbytes: int) -> None:
         if self.residency.used_bytes + nbytes > self.residency.budget_bytes:

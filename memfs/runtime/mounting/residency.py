@@ -90,14 +90,8 @@ class Residency(Generic[T]):
         Raises OverBudget, and evicts nothing, where they cannot fit.
         """
         missing = self.used_bytes + nbytes - self.budget_bytes
-        going: list[Entry[T]] = []
-        for entry in [*self._probation.values(), *self._protected.values()]:
-            if missing <= 0:
-                break
-            if not entry.pinned and not entry.users:
-                going.append(entry)
-                missing -= entry.value.nbytes
-        if missing > 0:
+        going = self._coldest(missing)
+        if sum(entry.value.nbytes for entry in going) < missing:
             # Not how much is: whose it is, is not known here, nor who will read this.
             raise OverBudget(
                 f"{nbytes} bytes are wanted; too much of the budget of {self.budget_bytes} bytes "
@@ -117,6 +111,24 @@ class Residency(Generic[T]):
                 "another one, or raise budget_bytes"
             )
         entry.pinned = True
+
+    def shed(self, nbytes: int) -> list[Entry[T]]:
+        """Evicts ``nbytes``, or all that may go where that is less; gives what went."""
+        going = self._coldest(nbytes)
+        for entry in going:
+            self.remove(entry.key)
+        return going
+
+    def _coldest(self, nbytes: int) -> list[Entry[T]]:
+        """What would have to go for ``nbytes`` to be free, in the order of going."""
+        going: list[Entry[T]] = []
+        for entry in [*self._probation.values(), *self._protected.values()]:
+            if nbytes <= 0:
+                break
+            if not entry.pinned and not entry.users:
+                going.append(entry)
+                nbytes -= entry.value.nbytes
+        return going
 
     def add(self, key: str, value: T, tokens: int) -> Entry[T]:
         """A new entry, on probation. Room must have been made for it."""
