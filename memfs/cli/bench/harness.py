@@ -160,6 +160,9 @@ def show_lines(lines: Sequence[Facts]) -> None:
 def _cell(column: str, value: object) -> str:
     if isinstance(value, dict):
         low, middle, high = (_cell(column, value[name]) for name in ("min", "median", "max"))
+        unit = middle.lstrip("0123456789.,")  # said once where it is that of all three
+        if low.endswith(unit) and high.endswith(unit):
+            low, high = low.removesuffix(unit), high.removesuffix(unit)
         return f"{middle} ({low} to {high})"
     if column.endswith("bytes") and isinstance(value, int):
         return output.size(value)

@@ -68,7 +68,7 @@ def test_values_are_shown_with_their_unit_and_range(capsys: pytest.CaptureFixtur
         "4,096",
         "3.0 MiB",
         "50 ms (4.0 ms to 2.50 s)",
-        "5.0% (0.4% to 250.0%)",
+        "5.0% (0.4 to 250.0)",
         "1.235",
         "-",
     ]
