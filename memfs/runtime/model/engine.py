@@ -63,6 +63,11 @@ class Engine:
         last = [end - 1 for end in itertools.accumulate(slot.rows for slot in slots)]
         return self._run(slots, [token for own in ids for token in own], last)
 
+    def scores(self, cache: KVCache, ids: Sequence[int], last: int) -> torch.Tensor:
+        """One forward of ``ids`` behind the rows in ``cache``; the logits after each of the last
+        ones, float32 [last, vocabulary]."""
+        return self._run([Slot(cache, len(ids))], ids, range(len(ids) - last, len(ids)))
+
     def recompute(self, cache: KVCache, ids: Sequence[int], at: Sequence[int]) -> None:
         """Computes rows that are in ``cache`` again, each seeing all rows before it as they are
         then: those at the positions ``at``, ascending, whose tokens are ``ids``."""
