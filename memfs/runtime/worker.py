@@ -1,8 +1,11 @@
 """The model's thread: runs the jobs that need the model, a step at a time, the urgent ones first.
 
-A job is a generator: what it yields goes to whoever iterates over the ``Job``, what it returns is
-``Job.result``. Between two steps another job may have the thread, so a long encode never stops an
-answer, and answers take turns. ``Job`` belongs to the event loop, the generator to the thread.
+A job is a generator, and what it returns is ``Job.result``. It yields None to let others have the
+thread, a ``Step`` for the logits after one more token, which it is sent; anything else goes to
+whoever iterates over the ``Job``, and it goes on. All steps that are wanted are taken together, in
+turns with what else is urgent: an answer that begins waits for one token of those that are under
+way, and they wait for one chunk of its prompt. A long encode has the thread when nobody is being
+answered. ``Job`` belongs to the event loop, the generator to the thread.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ import asyncio
 import heapq
 import itertools
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from memfs.errors import MemfsError
+from memfs.runtime.model.together import MOST, Step, take
 from memfs.runtime.shortage import shortage
 
 Item = TypeVar("Item")
@@ -36,12 +43,18 @@ class Priority(IntEnum):
 class Job(Generic[Item, Result]):
     """Work under way in the model's thread."""
 
-    def __init__(self, steps: Generator[Item, None, Result]) -> None:
+    def __init__(
+        self, steps: Generator[Item | Step | None, Any, Result], priority: Priority
+    ) -> None:
         self._steps = steps
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[Any] = asyncio.Queue()
-        self._cancelled = False
         self._error: Exception | None = None
+        self.priority = priority
+        self.cancelled = False
+        self.ended = False
+        self.wants: Step | None = None
+        """What it has to be given to go on."""
         self.result: Result | None = None
 
     async def __aiter__(self) -> AsyncIterator[Item]:
@@ -63,32 +76,43 @@ class Job(Generic[Item, Result]):
 
     def cancel(self) -> None:
         """Ends the job before its next step."""
-        self._cancelled = True
+        self.cancelled = True
 
-    def step(self) -> bool:
-        """One step, in the model's thread; False when that was the last."""
+    def advance(self, given: torch.Tensor | Exception | None = None) -> None:
+        """Goes on until it ends, wants a step or lets others go first. In the model's thread.
+
+        Args:
+            given: what came of the step that it wanted; an error is raised within the job.
+        """
+        self.wants = None
         try:
-            if self._cancelled:
+            if self.cancelled:
                 self._steps.close()
                 return self._end(None)
-            self._give(next(self._steps))
-            return True
+            if isinstance(given, Exception):
+                item = self._steps.throw(given)
+            else:
+                item = self._steps.send(given)
+            while item is not None and not isinstance(item, Step):
+                self._give(item)
+                item = next(self._steps)
+            self.wants = item
         except StopIteration as stop:
             self.result = stop.value
-            return self._end(None)
+            self._end(None)
         except Exception as e:  # noqa: BLE001  whatever a job raises belongs to who asked for it
-            return self._end(e if isinstance(e, MemfsError) else shortage(e) or _explained(e))
+            self._end(e if isinstance(e, MemfsError) else shortage(e) or _explained(e))
 
-    def _end(self, error: Exception | None) -> bool:
+    def _end(self, error: Exception | None) -> None:
         self._error = error
+        self.ended = True
         self._give(_END)
-        return False
 
     def _give(self, item: object) -> None:
         try:
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
         except RuntimeError:
-            self._cancelled = True  # the loop is closed: the daemon is going down
+            self.cancelled = True  # the loop is closed: the daemon is going down
 
 
 class Worker:
@@ -97,15 +121,19 @@ class Worker:
     def __init__(self) -> None:
         self._queue: list[tuple[int, int, Job[Any, Any]]] = []
         self._order = itertools.count()
+        self._decoding: deque[Job[Any, Any]] = deque()
+        """Those that want a step, who waits longest first. The thread's own."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, steps: Generator[Item, None, Result], priority: Priority) -> Job[Item, Result]:
+    def submit(
+        self, steps: Generator[Item | Step | None, Any, Result], priority: Priority
+    ) -> Job[Item, Result]:
         """Queues a job. Called in the event loop."""
-        job = Job(steps)
-        self._push(priority, job)
+        job = Job(steps, priority)
+        self._push(job)
         return job
 
     def call(self, function: Callable[[], Result], priority: Priority) -> Job[None, Result]:
@@ -117,11 +145,6 @@ class Worker:
 
         return self.submit(once(), priority)
 
-    @property
-    def waiting(self) -> int:
-        """Jobs that are queued, the one in its step not counted."""
-        return len(self._queue)
-
     def close(self) -> None:
         """Ends the thread after the step it is in."""
         with self._changed:
@@ -129,22 +152,51 @@ class Worker:
             self._changed.notify()
         self._thread.join(timeout=30)
 
-    def _push(self, priority: int, job: Job[Any, Any]) -> None:
+    def _push(self, job: Job[Any, Any]) -> None:
         with self._changed:
-            heapq.heappush(self._queue, (priority, next(self._order), job))
+            heapq.heappush(self._queue, (job.priority, next(self._order), job))
             self._changed.notify()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._queue and not self._closing:
+                while not (self._queue or self._decoding or self._closing):
                     self._changed.wait()
                 if self._closing:
                     return
-                priority, _, job = heapq.heappop(self._queue)
-            if job.step():
-                self._push(priority, job)
+                job = self._due()
+            if job is not None:
+                self._advance(job)
             del job  # not while it waits for the next: the result may be a whole cache
+            self._decode()
+
+    def _due(self) -> Job[Any, Any] | None:
+        """Takes the job whose turn it is out of the queue; None where answers go first."""
+        for index, (_, _, job) in enumerate(self._queue):
+            if job.cancelled:  # it ends at once, and gives back what it holds
+                del self._queue[index]
+                heapq.heapify(self._queue)
+                return job
+        if not self._queue or (self._decoding and self._queue[0][0] > Priority.ANSWER):
+            return None
+        return heapq.heappop(self._queue)[-1]
+
+    def _advance(self, job: Job[Any, Any], given: torch.Tensor | Exception | None = None) -> None:
+        job.advance(given)
+        if job.ended:
+            return
+        if job.wants is not None:
+            self._decoding.append(job)
+        else:
+            self._push(job)
+
+    def _decode(self) -> None:
+        """A token for each job that wants one, for the ``MOST`` that wait longest."""
+        turn = [self._decoding.popleft() for _ in range(min(MOST, len(self._decoding)))]
+        wanted = {job: job.wants for job in turn if job.wants and not job.cancelled}
+        given = dict(zip(wanted, take(list(wanted.values())), strict=True))
+        for job in turn:
+            self._advance(job, given.get(job))
 
 
 def _explained(error: Exception) -> MemfsError:

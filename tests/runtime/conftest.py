@@ -25,12 +25,16 @@ def prose(words: int, seed: int = 0) -> str:
 
 
 def run_all(steps: Any) -> Any:
-    """Runs a generator to its end; what it returned."""
+    """Runs a job of the model's thread to its end, by itself; what it returned."""
+    from memfs.runtime.model.together import Step, take
+
+    given = None
     while True:
         try:
-            next(steps)
+            item = steps.send(given)
         except StopIteration as stop:
             return stop.value
+        given = take([item])[0] if isinstance(item, Step) else None
 
 
 @pytest.fixture(scope="session")

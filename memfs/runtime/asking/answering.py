@@ -1,7 +1,9 @@
 """Answering a question from memories: as KV caches where they are mounted, as text where not.
 
-``answer`` is a job of the model's thread: it yields the pieces of the answer as they come, the
-first with the time to first token, and returns the report that ``memfs ask --json`` prints.
+``answer`` is a job of the model's thread (``worker``): it yields the pieces of the answer as they
+come, the first with the time to first token, and returns the report that ``memfs ask --json``
+prints. Its prompt is computed alone, so the first token has the same bits whoever else is answered;
+the tokens after it are taken together with those of others.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from memfs.runtime.asking.composition import place, refine
 from memfs.runtime.asking.policy import Policy
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
+from memfs.runtime.model.together import Step
 
-Steps = Generator[dict[str, Any], None, "Answer"]
+Event = dict[str, Any]
+Steps = Generator[Event | Step | None, Any, "Answer"]
 R = TypeVar("R")
 
 
@@ -149,7 +153,7 @@ def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[i
 
 def _memory(
     resident: Resident, question: Question, parts: list[Part], asked: int
-) -> Generator[dict[str, Any], None, _Memory]:
+) -> Generator[None, None, _Memory]:
     """The parts in one cache, with room for a question of ``asked`` tokens and the answer."""
     needed = asked + question.limit
     whole = question.lent
@@ -187,12 +191,15 @@ def _memory(
 
 def _decode(
     resident: Resident, cache: KVCache, logits: torch.Tensor, limit: int, asked_at: float
-) -> Generator[dict[str, Any], None, dict[str, Any]]:
-    """Yields the answer's text piece by piece; returns what was measured."""
+) -> Generator[Event | Step, Any, Event]:
+    """Yields the answer's text piece by piece; returns what was measured.
+
+    Greedy: ends before a token in ``Resident.stop``, or after ``limit`` tokens.
+    """
     tokenizer = resident.prompt.tokenizer.backend_tokenizer
     pieces = DecodeStream(skip_special_tokens=True)
     text, count, began, ttft = "", 0, time.perf_counter(), None
-    for token in resident.engine.decode(cache, logits, resident.stop, limit):
+    while (token := int(logits.argmax())) not in resident.stop:
         if ttft is None:
             began = time.perf_counter()
             ttft = began - asked_at
@@ -201,6 +208,9 @@ def _decode(
         piece = pieces.step(tokenizer, token) or ""
         text += piece
         yield {"event": "text", "text": piece}
+        if count >= limit:
+            break
+        logits = yield Step(resident, cache, token)
     now = time.perf_counter()
     return {
         "answer": text,
@@ -212,7 +222,7 @@ def _decode(
     }
 
 
-def _quietly(steps: Generator[Any, None, R]) -> Generator[dict[str, Any], None, R]:
+def _quietly(steps: Generator[Any, None, R]) -> Generator[None, None, R]:
     """Runs what computes in chunks, giving the thread back after each, without its progress."""
     while True:
         try:
@@ -220,4 +230,4 @@ def _quietly(steps: Generator[Any, None, R]) -> Generator[dict[str, Any], None, 
         except StopIteration as stop:
             found: R = stop.value
             return found
-        yield {"event": "step"}
+        yield

@@ -81,8 +81,7 @@ class Asking:
             job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
             try:
                 async for event in job:
-                    if event["event"] != "step":
-                        yield event
+                    yield event
             except BaseException:
                 job.cancel()
                 raise

@@ -24,7 +24,7 @@ EXACT = "exact"
 
 def joint(
     resident: Resident, cubes: Sequence[Sequence[int]], capacity: int
-) -> Generator[float, None, KVCache]:
+) -> Generator[float | None, None, KVCache]:
     """[preamble | each cube], each a segment behind those before it, as for a question from texts.
 
     Yields the share of the rows that is done after each chunk.
@@ -35,6 +35,7 @@ def joint(
     for ids in cubes:
         for _ in resident.engine.prefill(cache, ids):
             yield (cache.length - resident.base) / total
+            yield None
     return cache
 
 

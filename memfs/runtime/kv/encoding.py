@@ -33,8 +33,8 @@ class Encoded:
 
 def prefill(
     resident: Resident, text: str, earlier: tuple[KVCache, list[int]] | None
-) -> Generator[dict[str, Any], None, Encoded]:
-    """Computes the rows of a text; yields ``progress`` events with tokens per second.
+) -> Generator[dict[str, Any] | None, None, Encoded]:
+    """Computes the rows of a text, a chunk a step; yields ``progress`` with tokens per second.
 
     Args:
         earlier: a KV cache of this model made from an earlier text, and its ids. Rows before the
@@ -67,6 +67,7 @@ def prefill(
             "total": len(ids),
             "tokens_per_s": done / seconds,
         }
+        yield None
     return Encoded(cache, ids, kept, time.perf_counter() - began)
 
 

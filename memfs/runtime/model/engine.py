@@ -36,14 +36,15 @@ class Engine:
         """Computes the rows of a segment behind those in ``cache``.
 
         Yields the number of rows done after each chunk; returns the logits after the last row,
-        float32 [vocabulary], where ``logits`` asks for them.
+        float32 [vocabulary], where ``logits`` asks for them: at once, without a yield before.
         """
         last = None
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
             final = start + len(chunk) == len(ids)
             last = self.forward(cache, chunk, logits=logits and final)
-            yield start + len(chunk)
+            if last is None:
+                yield start + len(chunk)
         return last
 
     def forward(

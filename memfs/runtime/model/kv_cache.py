@@ -107,6 +107,10 @@ class Slot:
     """Positions of rows that are there already and are computed again, ascending, int64 [rows];
     None for new ones, behind those that are there."""
 
+    def __post_init__(self) -> None:
+        if self.end > self.cache.capacity:  # torch would drop a single row without a word
+            raise ValueError(f"{self.end} rows do not fit into a cache of {self.cache.capacity}")
+
     @property
     def end(self) -> int:
         """Rows of the sequence that are seen in this forward, those it computes included."""
@@ -164,17 +168,16 @@ class _Layer(CacheLayerMixin):
             raise Enough(torch.cat((key_states, value_states)))
         keys: list[Span] = []
         values: list[Span] = []
-        start = 0
-        for slot in self._slots:
+        states = torch.cat((key_states, value_states)).split([s.rows for s in self._slots], dim=2)
+        for slot, rows in zip(self._slots, states, strict=True):
             buffer = slot.cache.layers[self._index]
-            for part, states, seen in ((0, key_states, keys), (1, value_states, values)):
-                rows = states[0, :, start : start + slot.rows]
-                if slot.at is None:
-                    buffer[part, :, slot.cache.length : slot.end] = rows
-                else:
-                    buffer[part].index_copy_(1, slot.at, rows)
-                seen.append(Span(buffer[part : part + 1, :, : slot.end], slot.rows, slot.at))
-            start += slot.rows
+            if slot.at is None:
+                buffer[:, :, slot.cache.length : slot.end] = rows
+            else:
+                buffer.index_copy_(2, slot.at, rows)
+            seen = buffer[:, :, : slot.end]
+            keys.append(Span(seen[:1], slot.rows, slot.at))
+            values.append(Span(seen[1:], slot.rows, slot.at))
         if len(self._slots) == 1 and self._slots[0].at is None:
             return keys[0].tensor, values[0].tensor
         return keys, values
