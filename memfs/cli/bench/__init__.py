@@ -30,7 +30,7 @@ kept of a run; without it a table in Markdown is printed.
 
 KINDS = {
     "ttft": "time to first token: the text prefilled, its KV cache from the file, and resident",
-    "mount": "KV caches from the page cache into the model, beside a plain copy of their bytes",
+    "mount": "KV caches from each tier into the model, beside a plain copy of their bytes",
     "compose": "several cubes put together: how close to the prefill of all texts, at what cost",
     "start": "until a mount can be used, and until the model can",
     "fs": "a mount beside the disk it lies on and beside a FUSE program in C",

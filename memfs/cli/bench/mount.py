@@ -1,4 +1,4 @@
-"""``memfs bench mount``: KV caches into the model, beside a plain copy of their bytes.
+"""``memfs bench mount``: KV caches into the model from each tier, beside a plain copy.
 
 Used by ``bench``, in the main thread.
 """
@@ -39,4 +39,6 @@ def measure(args: argparse.Namespace, say: Say) -> Facts:
 
 
 def show(facts: Facts) -> None:
-    harness.show_lines(facts["mount"])
+    # What is on the device is not moved, so it has no share.
+    lines = [line | {"share_of_copy": line["share_of_copy"] or "-"} for line in facts["mount"]]
+    harness.show_lines(lines)

@@ -44,21 +44,22 @@ class Host:
                 continue
             try:
                 self.residency.make_room(memory.cache.length * memory.cache.shape.token_bytes)
-                copied = await loop.run_in_executor(self._io, telling, self._copied, memory.cache)
+                copied = await loop.run_in_executor(
+                    self._io, telling, to_host, memory.cache, self._pinned
+                )
                 self.residency.make_room(copied.nbytes)  # another may have come in meanwhile
             except (OverBudget, OutOfMemory):
                 continue
             self.residency.add(entry.key, replace(memory, cache=copied), entry.tokens)
             self.residency.use(entry.key)
 
-    def _copied(self, cache: KVCache) -> KVCache:
-        shape = replace(cache.shape, device=torch.device("cpu"))
-        size = (2, shape.kv_heads, cache.length, shape.head_dim)
-        layers = [
-            torch.empty(size, dtype=shape.dtype, pin_memory=self._pinned)
-            for _ in range(shape.layers)
-        ]
-        return _filled(KVCache(shape, cache.length, layers), cache)
+
+def to_host(cache: KVCache, pinned: bool) -> KVCache:
+    """A copy of a cache's rows in host memory, without room behind them. Blocks."""
+    shape = replace(cache.shape, device=torch.device("cpu"))
+    size = (2, shape.kv_heads, cache.length, shape.head_dim)
+    layers = [torch.empty(size, dtype=shape.dtype, pin_memory=pinned) for _ in range(shape.layers)]
+    return _filled(KVCache(shape, cache.length, layers), cache)
 
 
 def to_device(kept: KVCache, shape: KVShape, room: int) -> KVCache:
