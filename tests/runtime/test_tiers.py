@@ -164,7 +164,7 @@ def with_host(
         cube = stores.cube(str(shop.root), name, me, by_mount=False)
         with cube.open(me) as files:
             text = files.text()
-        cube_kv.publish(cube, resident, run_all(prefill(resident, text.text, None)), text)
+        cube_kv.publish(cube, resident, run_all(prefill(resident, text.text, None)), text, "exact")
 
     def run(body: Callable[[Mounted, list[dict[str, Any]]], Awaitable[None]]) -> None:
         async def whole() -> None:
