@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from memfs.errors import MemfsError
-from memfs.runtime.model.together import MOST, Step, take
+from memfs.runtime.model.steps import MOST, Step, take
 from memfs.runtime.shortage import shortage
 
 Item = TypeVar("Item")

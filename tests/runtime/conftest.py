@@ -26,7 +26,7 @@ def prose(words: int, seed: int = 0) -> str:
 
 def run_all(steps: Any) -> Any:
     """Runs a job of the model's thread to its end, by itself; what it returned."""
-    from memfs.runtime.model.together import Step, take
+    from memfs.runtime.model.steps import Step, take
 
     given = None
     while True:

@@ -18,7 +18,7 @@ from memfs.runtime.asking.answering import Part, Question, answer
 from memfs.runtime.kv.encoding import Encoded, prefill
 from memfs.runtime.model.engine import PREFILL_CHUNK
 from memfs.runtime.model.resident import Resident
-from memfs.runtime.model.together import Step
+from memfs.runtime.model.steps import Step
 from memfs.runtime.worker import Job, Priority, Worker
 
 from .conftest import prose, run_all

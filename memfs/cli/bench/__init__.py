@@ -32,6 +32,8 @@ KINDS = {
     "ttft": "time to first token: the text prefilled, its KV cache from the file, and resident",
     "mount": "KV caches from each tier into the model, beside a plain copy of their bytes",
     "compose": "several cubes put together: how close to the prefill of all texts, at what cost",
+    "decode": "the time of each token after the first, and that of transformers' own generate",
+    "clients": "tokens a second of several clients that ask at once",
     "start": "until a mount can be used, and until the model can",
     "fs": "a mount beside the disk it lies on and beside a FUSE program in C",
 }

@@ -21,7 +21,7 @@ from memfs.runtime.asking.composition import place, refine
 from memfs.runtime.asking.policy import Policy
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
-from memfs.runtime.model.together import Step
+from memfs.runtime.model.steps import Step
 
 Event = dict[str, Any]
 Steps = Generator[Event | Step | None, Any, "Answer"]
