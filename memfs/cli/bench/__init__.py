@@ -34,6 +34,7 @@ KINDS = {
     "compose": "several cubes put together: how close to the prefill of all texts, at what cost",
     "decode": "the time of each token after the first, and that of transformers' own generate",
     "clients": "tokens a second of several clients that ask at once",
+    "int8": "int8 storage beside exact: bytes, seconds to mount, how near the answers stay",
     "start": "until a mount can be used, and until the model can",
     "fs": "a mount beside the disk it lies on and beside a FUSE program in C",
 }
