@@ -44,6 +44,8 @@ _INODES = 0x6D656D66 << 32
 _ROOT = layout.CONTROL
 _MOUNTED = f"{_ROOT}/mounted"
 _LONGEST_NAME = 255
+_OF_ALL = ("encoding", "nearby", "tiers", "ahead")
+"""What the runtime says of all its users, and tells a mount's owner alone."""
 _LONG = ("events", "deleted")
 """Files that take a while to make."""
 
@@ -189,7 +191,7 @@ class Control:
         mounted = [line for line in runtime["mounted"] if line["store"] == self._mount.store]
         if uid is not None:
             mounted = [line | {"sessions": [uid]} for line in mounted if uid in line["sessions"]]
-            runtime = {name: value for name, value in runtime.items() if name != "encoding"}
+            runtime = {name: value for name, value in runtime.items() if name not in _OF_ALL}
             runtime |= {"used_bytes": sum(line["bytes"] or 0 for line in mounted)}
             refusals = [refusal for refusal in refusals if refusal.get("uid") == uid]
         return runtime | {
