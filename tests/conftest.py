@@ -17,6 +17,8 @@ import pytest
 
 from memfs.cube.fingerprint import FORMAT, MODEL_FIELDS, STORAGE
 
+from . import tiny
+
 # One thread a process, before torch is first imported: tests start several processes, and two that
 # compute at once on the same cores are many times slower than one after the other.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MEMFS_THREADS"):
@@ -29,9 +31,6 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     missing = [program for program in programs if shutil.which(program, path=path) is None]
     return pytest.mark.skipif(bool(missing), reason=f"needs {' and '.join(missing)}")
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,52 +71,13 @@ def default_model_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two layers with random weights and the default model's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**_sizes(default_model_dir, layers=2, heads=4, kv_heads=2, head_dim=16))
-    return _saved(LlamaForCausalLM, config, default_model_dir, tmp_path_factory.mktemp("llama"))
+    return tiny.llama(tmp_path_factory.mktemp("llama"), default_model_dir)
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen_dir(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of three layers: norms on queries and keys, heads wider than hidden / heads."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(**_sizes(default_model_dir, layers=3, heads=6, kv_heads=3, head_dim=32))
-    return _saved(Qwen3ForCausalLM, config, default_model_dir, tmp_path_factory.mktemp("qwen"))
-
-
-def _sizes(tokenizer_from: Path, *, layers: int, heads: int, kv_heads: int, head_dim: int) -> dict:
-    from transformers import AutoConfig
-
-    whole = AutoConfig.from_pretrained(tokenizer_from)
-    return {
-        "vocab_size": whole.vocab_size,
-        "bos_token_id": whole.bos_token_id,
-        "eos_token_id": whole.eos_token_id,
-        "pad_token_id": whole.pad_token_id,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        # Wide enough that two greedy tokens are never a rounding error apart.
-        "initializer_range": 0.2,
-    }
-
-
-def _saved(model_class: type, config: object, tokenizer_from: Path, directory: Path) -> Path:
-    import torch
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model_class(config).save_pretrained(directory)
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer_from / name, directory)
-    return directory
+    return tiny.qwen3(tmp_path_factory.mktemp("qwen"), default_model_dir)
 
 
 @pytest.fixture(scope="session")

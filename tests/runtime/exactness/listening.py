@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from memfs.runtime.protocol import socket_path
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
 
     from memfs.runtime.model.resident import Resident
 
@@ -132,23 +133,26 @@ def _daemon(wanted: dict[str, Any]) -> None:
     os.dup2(log, 2)
     load = resident.load
 
+    def write(new: list[str]) -> None:
+        with Path(wanted["heard"]).open("a") as file:
+            file.writelines(digest + "\n" for digest in new)
+
     def load_and_listen(directory: Path, config: Config) -> Resident:
         found = load(directory, config)
-        listen(found, Path(wanted["heard"]))
+        listen(found, write)
         return found
 
     resident.load = load_and_listen
     os._exit(daemon.run(Config(**wanted["config"]), Path(wanted["socket"])))
 
 
-def listen(found: Resident, heard: Path) -> None:
-    """Has each row of logits appended to a file, as a digest a line."""
+def listen(found: Resident, tell: Callable[[list[str]], None]) -> RemovableHandle:
+    """Has ``tell`` called with the digests of the logits of each forward that gives some."""
 
     def told(_model: object, _inputs: object, output: Any) -> None:
-        with heard.open("a") as file:
-            file.writelines(digest + "\n" for digest in digests(output.logits))
+        tell(digests(output.logits))
 
-    found.engine.model.register_forward_hook(told)
+    return found.engine.model.register_forward_hook(told)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from memfs.runtime.model.kv_cache import KVCache, Slot, for_model
 from memfs.runtime.model.resident import Resident, load
 from memfs.runtime.model.rotary import rotated
 
-from ...conftest import TOKENIZER_FILES
+from ...tiny import TOKENIZER_FILES
 from ..conftest import Shop, ask, how, prose, run_all
 from .listening import Nursery, Runtime
 
@@ -275,13 +275,6 @@ def test_beyond_what_it_serves_its_rows_would_be_wrong(
 
 
 # Through a daemon: what the answer says of it, and the logits that it was made of.
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    found = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield found
-    found.close()
 
 
 @pytest.fixture
