@@ -4,7 +4,8 @@ A cube's rows are made behind the preamble, at ``base``. To stand behind other c
 rotated by the distance moved, in float32, always from the stored original; its values stay as they
 are. The cubes have not seen each other then. A policy says what of the later ones is computed again
 where it stands, with all rows before it in sight: the first rows of each (link tokens, EPIC,
-arXiv:2410.15332), or those that come out most different (CacheBlend, arXiv:2405.16444). Runs in the
+arXiv:2410.15332), or those that come out most different (CacheBlend, arXiv:2405.16444). Of those
+the keys of a cube move together, so the others are moved after them, half as far. Runs in the
 model's thread.
 """
 
@@ -19,6 +20,9 @@ from memfs.runtime.model.engine import PREFILL_CHUNK
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
 from memfs.runtime.model.rotary import rotated
+
+FOLLOW = 0.5
+"""How far the keys of the other rows follow: those computed again are the ones that move most."""
 
 LOOK_AT = 1
 """The layer whose values tell which rows differ most: the first one that context changes."""
@@ -68,11 +72,47 @@ def refine(
         rows = sorted((start + torch.cat(differ).topk(count).indices).tolist())
     else:
         return 0
+    at_all = torch.tensor(rows, device=resident.shape.device)
+    before = [layer[0, :, at_all] for layer in cache.layers] if policy.blend else []
     for at in _chunks(rows):
         # In order, so that each chunk sees those before it as they are now: as in one forward.
         resident.engine.recompute(_up_to(cache, at), [ids[p - resident.base] for p in at], at)
         yield len(at)
+    if policy.blend:
+        _follow(resident, cache, cubes, at_all, before)
     return len(rows)
+
+
+def _follow(
+    resident: Resident,
+    cache: KVCache,
+    cubes: Sequence[Sequence[int]],
+    at: torch.Tensor,
+    before: Sequence[torch.Tensor],
+) -> None:
+    """Moves the keys of the rows that were not computed again, by what the others of their cube
+    moved in the mean; what moves is the key as it is without its position.
+
+    Args:
+        at: the rows that were, int64 [rows].
+        before: their keys as they were, [kv_heads, rows, head_dim] a layer.
+    """
+    inv_freq = resident.inv_freq
+    assert inv_freq is not None  # or they would not have been placed
+    start = resident.base + len(cubes[0])
+    for cube in cubes[1:]:
+        own = torch.arange(start, start + len(cube), device=at.device)
+        mine = (at >= start) & (at < start + len(cube))
+        done = at[mine]
+        others = own[~torch.isin(own, done)]
+        start += len(cube)
+        if not len(done) or not len(others):
+            continue
+        for layer, was in zip(cache.layers, before, strict=True):
+            moved = layer[0, :, done].float() - was[:, mine].float()
+            mean = rotated(moved, -done[:, None], inv_freq).mean(1, keepdim=True) * FOLLOW
+            there = rotated(mean.expand(-1, len(others), -1), others[:, None], inv_freq)
+            layer[0, :, others] = (layer[0, :, others].float() + there).to(layer.dtype)
 
 
 def _first_rows(base: int, cubes: Sequence[Sequence[int]], count: int) -> list[int]:

@@ -16,8 +16,11 @@ PROBE_DISTANCE = 1021
 """How far ``unplaceable`` moves its probe, if the context is that long: no multiple of a period."""
 
 
-def rotated(keys: torch.Tensor, distance: int, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Keys [..., head_dim] moved by ``distance`` positions (rotary embedding in halves).
+def rotated(
+    keys: torch.Tensor, distance: int | torch.Tensor, inv_freq: torch.Tensor
+) -> torch.Tensor:
+    """Keys [..., rows, head_dim] moved by ``distance`` positions (rotary embedding in halves): all
+    by the same, or each row by its own, [rows, 1].
 
     A model whose attention scales cos and sin keeps that scale: it is in the keys already.
     """
