@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from memfs.cli import main as cli
-from memfs.runtime.measure.composing import Asked
+from memfs.config import Config
+from memfs.runtime.asking.policy import Policy
+from memfs.runtime.measure.composing import Asked, compositions
 
 from .conftest import Bench, is_spread
 
@@ -38,3 +42,11 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert cli.main(["bench", "compose", *words]) != 0
     assert capsys.readouterr().err.startswith("memfs: ")
+
+
+def test_the_default_is_closer_than_rotation_alone(default_model_dir: Path) -> None:
+    policies = [Policy(), Policy.parse(Config.compose)]
+    config = Config(device="cpu", threads=1)
+    lines = compositions(default_model_dir, config, [4], policies, 1, 1, lambda _: None)
+    _, rotation, default = (line["kl"] for line in lines)
+    assert 0 < default < rotation
