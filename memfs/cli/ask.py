@@ -17,7 +17,9 @@ examples:
   memfs ask --no-kv -c handbook "Who is on duty?"    from its text: the model reads all of it
   memfs ask --json -c handbook "Who?" | jq .ttft_s
 
-A cube whose KV cache is missing or does not fit is answered from its text, and the reason is said.
+A cube that has no KV cache is answered from its text, and that is said. A KV cache that does not
+fit the text or the model is made again for the answer, from the first token that changed; its file
+is written afterwards.
 Several cubes are put together from their KV caches, close to what their texts together would be
 (composed, in --json), and exactly that from the first question on that comes after an idle moment.
 """
@@ -77,6 +79,9 @@ def _explain(report: dict[str, Any], *, wanted_kv: bool) -> None:
     if not report["cubes"]:
         print("no memory was used: none is mounted", file=sys.stderr)
     for cube in report["cubes"]:
+        name, chose = output.plain(cube["path"]), cube["chose"] or {}
         if cube["why"] and wanted_kv:
-            name = output.plain(cube["path"])
             print(f"{name} was read as {cube['how']}: {cube['why']}", file=sys.stderr)
+        elif chose.get("way") == "made again":
+            kept = f"{output.number(chose['kept_tokens'])} of {output.number(cube['tokens'])}"
+            print(f"the KV cache of {name} was made again, {kept} tokens kept", file=sys.stderr)

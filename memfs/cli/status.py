@@ -64,6 +64,7 @@ def _stopped(model: str, budget_bytes: int) -> Facts:
         "mounted": [],
         "nearby": [],
         "tiers": [],
+        "rates": None,
         "refusals": [],
         "budget_bytes": budget_bytes,
         "used_bytes": 0,

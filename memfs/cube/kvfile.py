@@ -13,6 +13,7 @@ of the whole cache in memory. Used by the runtime and by the filesystem's check;
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -191,6 +192,8 @@ def check_tensors(fd: int, header: Header) -> None:
             if scales:
                 _require_scales(name, block.cast("f"))
         require_checksum(header, name, digest.hexdigest())
+    ids = header.tensors[TOKEN_IDS]
+    require_token_ids(header, os.pread(fd, ids.nbytes, ids.offset))
 
 
 def _blocks(fd: int, name: str, tensor: Tensor) -> Iterator[memoryview]:
@@ -204,6 +207,12 @@ def _blocks(fd: int, name: str, tensor: Tensor) -> Iterator[memoryview]:
                 raise KVCorrupt(f"it ends within {name}")
             done += count
         yield block
+
+
+def require_token_ids(header: Header, raw: bytes | bytearray) -> None:
+    """Raises KVCorrupt where the bytes read for ``token_ids`` are not those that it says."""
+    if hashlib.sha256(raw).hexdigest() != header.fingerprint["token_ids_sha256"]:
+        raise KVCorrupt("token_ids do not match token_ids_sha256")
 
 
 def _require_scales(name: str, scales: memoryview[float]) -> None:

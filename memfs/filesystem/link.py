@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -221,16 +220,6 @@ class Link:
             making = self._made[path, caller] = Making(path)
         self._thread(lambda: self._make(making, caller))
         return making
-
-    def renew(self, path: str) -> None:
-        """Has a KV cache that does not fit made anew: its text was used in an answer instead."""
-
-        def wait() -> None:
-            making.wait(threading.TIMEOUT_MAX)
-            self.leave(making)
-
-        making = self.make(path, Caller.of(os.getuid(), os.getgid()))
-        self._thread(wait)
 
     def leave(self, making: Making) -> None:
         """One who waited for a KV cache waits no more."""

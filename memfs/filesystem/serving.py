@@ -84,10 +84,6 @@ class Server:
         path = str(event.get("path"))
         if event.get("event") == "asked":
             self._catalogue.count(path, questions=1)
-            facts = self._catalogue.facts(path)
-            unfit = facts is not None and facts.kv_state in ("foreign", "corrupt")
-            if unfit and self._store.writable:
-                self._link.renew(path)  # it was answered from the text: the next one need not be
         elif event.get("event") == "encoded":
             self._catalogue.keeper.later_below(path)
 

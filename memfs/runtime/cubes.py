@@ -166,7 +166,7 @@ class Files:
     @property
     def signature(self) -> Signature:
         """Of the payload."""
-        return _signature(os.fstat(self._payload))
+        return signature_of(self._payload)
 
     @property
     def owner(self) -> int:
@@ -175,14 +175,14 @@ class Files:
 
     def text(self) -> Text:
         """The payload, whole."""
-        status = os.fstat(self._payload)
-        if status.st_size > MAX_TEXT:
+        signature = self.signature
+        if signature[1] > MAX_TEXT:
             shown = layout.join(self.cube.path, layout.PAYLOAD)
             raise InvalidRequest(f"{shown} is longer than {MAX_TEXT} bytes")
         os.lseek(self._payload, 0, os.SEEK_SET)
         with open(self._payload, "rb", closefd=False) as file:
-            data = file.read(status.st_size)
-        return Text(data, hashlib.sha256(data).hexdigest(), _signature(status))
+            data = file.read(signature[1])
+        return Text(data, hashlib.sha256(data).hexdigest(), signature)
 
     def open_kv(self) -> tuple[int, Signature]:
         """A descriptor of the KV cache, closed with the rest, and its signature.
@@ -191,7 +191,7 @@ class Files:
         """
         if self._kv < 0:
             self._kv = self._open(layout.KV)
-        return self._kv, _signature(os.fstat(self._kv))
+        return self._kv, signature_of(self._kv)
 
     def pinned(self) -> bool:
         """Whether its header pins it."""
@@ -311,5 +311,7 @@ def _same_directory(store: Store, root: str) -> bool:
         return False
 
 
-def _signature(found: os.stat_result) -> Signature:
+def signature_of(fd: int) -> Signature:
+    """Of an open file."""
+    found = os.fstat(fd)
     return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

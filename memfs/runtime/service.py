@@ -33,7 +33,8 @@ from memfs.runtime.mounting.host import Host
 from memfs.runtime.mounting.making import Making
 from memfs.runtime.mounting.mounted import Mounted
 from memfs.runtime.mounting.preparing import Preparing
-from memfs.runtime.mounting.tiers import has_host_tier, nearby, tiers
+from memfs.runtime.mounting.rates import Rates
+from memfs.runtime.mounting.tiers import has_host_tier, in_model, in_model_for, nearby, tiers
 from memfs.runtime.worker import Priority, Worker
 
 Events = AsyncIterator[dict[str, Any]]
@@ -49,6 +50,7 @@ class Serving:
     """What there is once the model is loaded."""
 
     mounted: Mounted
+    rates: Rates
     making: Making
     asking: Asking
     preparing: Preparing
@@ -73,6 +75,7 @@ class Service:
         self._io = ThreadPoolExecutor(4, "io", initializer=torch.set_num_threads, initargs=(1,))
         self._stores = Stores()
         self._serving: Serving | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
         self._started = time.monotonic()
@@ -92,14 +95,17 @@ class Service:
             if has_host_tier(self.config, resident):
                 host = Host(self.config.host_budget_bytes, self._io)
             mounted = Mounted(resident, budget, self._io, self._publish, host)
+            rates = Rates()
+            making = Making(mounted, self._worker, rates)
             self._serving = Serving(
                 mounted,
-                Making(mounted, self._worker),
-                Asking(mounted, self._worker, self._policy),
-                Preparing(resident, self._worker),
+                rates,
+                making,
+                Asking(mounted, self._worker, making, rates, self._policy),
+                Preparing(resident, self._worker, rates),
                 Ahead(mounted, self.config.prefetch_bytes),
             )
-            self._serving.preparing.soon()
+            self._preparing = asyncio.create_task(self._serving.preparing.start())
             self.state = "ready"
         self._load_seconds = time.monotonic() - self._started
         self._since_start = process.age()
@@ -136,11 +142,11 @@ class Service:
         """
         mounted = self._serving.mounted if self._serving else None
         resident = mounted.resident if mounted else None
-        lines = mounted.lines() if mounted else []
+        lines = in_model(mounted) if mounted else []
         refusals = list(mounted.refusals) if mounted else []
         absent = await nearby(mounted, caller) if mounted else []
         if caller is not None and mounted is not None:
-            lines = await mounted.lines_for(caller)
+            lines = await in_model_for(mounted, caller)
             refusals = [refusal for refusal in refusals if refusal["uid"] == caller.uid]
         status = {
             "pid": os.getpid(),
@@ -158,6 +164,7 @@ class Service:
             "refusals": refusals,
             "budget_bytes": self.config.budget_bytes,
             "used_bytes": sum(line["bytes"] for line in lines),
+            "rates": self._serving.rates.facts() if self._serving else None,
             "shared": self.config.shared or None,
             "uptime_s": time.monotonic() - self._started,
             "load_s": self._load_seconds,
@@ -296,7 +303,7 @@ class Service:
 
     def _state_event(self, root: str | None = None) -> dict[str, Any]:
         mounted = self._serving.mounted if self._serving else None
-        lines = mounted.lines() if mounted else []
+        lines = in_model(mounted) if mounted else []
         return {
             "event": "state",
             "state": self.state,

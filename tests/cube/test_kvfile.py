@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -41,6 +42,7 @@ def fingerprint(storage: str = "exact") -> dict[str, str]:
         "kv_heads": str(HEADS),
         "head_dim": str(HEAD_DIM),
         "token_count": str(TOKENS),
+        "token_ids_sha256": hashlib.sha256(tensors()[kvfile.TOKEN_IDS].tobytes()).hexdigest(),
         "base_position": "7",
         "dtype": "float32",
         STORAGE: storage,
@@ -331,6 +333,11 @@ def test_what_is_no_header_is_refused(header: bytes, tmp_path: Path) -> None:
 def test_a_header_that_says_it_is_huge_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(KVCorrupt, match="at most"):
         check(tmp_path / "kv", struct.pack("<Q", 1 << 60) + b"{}")
+
+
+def test_token_ids_have_a_digest_too(tmp_path: Path) -> None:
+    with pytest.raises(KVCorrupt, match="token_ids_sha256"):
+        check(tmp_path / "kv", kv_bytes(fingerprint() | {"token_ids_sha256": "0" * 64}, tensors()))
 
 
 def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -176,10 +176,14 @@ def test_an_edit_is_stale_at_once_and_made_anew(reading: Reading, config: Config
         file.write("And then to the east.\n")
     assert mount.meta("a")["state"]["kv"]["state"] == "stale"
     until(lambda: in_model(client, mount) == set())
-    report = client.call("ask", question="Where is the wind?", max_tokens=4)
-    assert [cube["how"] for cube in report["cubes"]] == ["text"]
     read_all(cube / "kv.safetensors")
     assert mount.meta("a")["state"]["kv"]["state"] == "ready"
+    with (cube / "payload.md").open("a") as file:
+        file.write("And to the south.\n")
+    assert mount.meta("a")["state"]["kv"]["state"] == "stale"
+    report = client.call("ask", question="Where is the wind?", max_tokens=4)
+    assert [cube["chose"]["way"] for cube in report["cubes"]] == ["made again"]
+    until(lambda: mount.meta("a")["state"]["kv"]["state"] == "ready")
     report = client.call("ask", question="Where is the wind?", max_tokens=4)
     assert [cube["how"] for cube in report["cubes"]] == ["kv"]
 

@@ -306,8 +306,9 @@ def test_reading_it_makes_it_anew(home: Machine, away: Machine, foreign: Path) -
 
 def test_asking_makes_it_anew(away: Machine, foreign: Path) -> None:
     asked = away.ask(foreign.name)
-    assert asked["how"] == "text"
-    assert "made by another model: weights_sha256 is " in asked["why"]
+    assert asked["how"] == "kv"
+    assert asked["chose"]["way"] == "made again"
+    assert "made by another model: weights_sha256 is " in asked["chose"]["why"]
     until(lambda: away.kv(foreign.name)["state"] == "ready", 30)
     assert away.ask(foreign.name)["how"] == "kv"
 
@@ -399,7 +400,7 @@ def test_a_damaged_one_is_said_so(home: Machine, away: Machine, cube: Path) -> N
         if name.endswith("read"):
             assert read(away.dir / name) == damaged
         elif name.endswith("asked"):
-            assert away.ask(name)["how"] == "text"
+            assert away.ask(name)["chose"]["way"] == "made again"
         else:
             away.memfs("attach", away.dir / name)
         until(lambda name=name: away.kv(name)["state"] == "ready", 30)  # type: ignore[misc]

@@ -21,6 +21,7 @@ from memfs.runtime.client import RuntimeClient
 from memfs.runtime.kv import kv_store
 from memfs.runtime.kv.encoding import prefill
 from memfs.runtime.model.resident import Resident
+from tests.waiting import until
 
 from .conftest import Shop, ask, how, prose, run_all
 
@@ -240,19 +241,32 @@ def test_any_damage_is_refused(
         read(resident, tmp_path / "kv", bytes(damaged))
 
 
-# Through the daemon: the refusal names the field, and the answer comes from the text.
+# Through the daemon: the refusal names the field, and a question has it made again from the text.
 
 
-def refused(client: RuntimeClient, cube: dict[str, str], name: str) -> None:
+def put(kv: Path, data: bytes) -> None:
+    """Another file in its place."""
+    new = kv.with_name("new")
+    new.write_bytes(data)
+    new.replace(kv)
+
+
+def refused(client: RuntimeClient, shop: Shop, path: str, name: str) -> str:
+    """The answer that there is all the same, when the file has been made again."""
+    cube, bad = shop.named(path), shop.digest(path)
     with pytest.raises(Refused, match=name):
         client.call("mount", **cube)
+    assert shop.digest(path) == bad
     report = ask(client, [cube])
-    assert how(report) == ["text"]
-    assert name in report["cubes"][0]["why"]
+    assert how(report) == ["kv"]
+    assert report["cubes"][0]["chose"]["way"] == "made again"
+    assert name in report["cubes"][0]["chose"]["why"]
     assert any(name in line["reason"] for line in client.call("status")["refusals"])
+    until(lambda: shop.digest(path) != bad)
+    return str(report["answer"])
 
 
-def test_the_daemon_answers_from_the_text(runtime: RuntimeClient, shop: Shop) -> None:
+def test_the_daemon_makes_it_again_from_the_text(runtime: RuntimeClient, shop: Shop) -> None:
     cube = shop.cube("a", prose(80))
     expected = ask(runtime, [cube])["answer"]
     runtime.call("encode", **cube)
@@ -262,19 +276,16 @@ def test_the_daemon_answers_from_the_text(runtime: RuntimeClient, shop: Shop) ->
 
     for field in (*MODEL_FIELDS, STORAGE, "payload_sha256", "token_ids_sha256"):
         changed = with_header(good, lambda h, f=field: h["__metadata__"].update({f: "9"}))
-        shop.kv("a").write_bytes(changed)
-        refused(runtime, cube, field)
+        put(shop.kv("a"), changed)
+        assert refused(runtime, shop, "a", field) == expected
+        assert shop.kv("a").read_bytes() == good
     flipped = bytearray(good)
     flipped[8 + length + 5000] ^= 1
-    shop.kv("a").write_bytes(bytes(flipped))
-    refused(runtime, cube, "layers.000")
-    shop.kv("a").write_bytes(good[:-100])
-    refused(runtime, cube, "bytes long")
-
-    shop.kv("a").write_bytes(good)
-    report = ask(runtime, [cube])
-    assert how(report) == ["kv"]
-    assert report["answer"] == expected
+    put(shop.kv("a"), bytes(flipped))
+    assert refused(runtime, shop, "a", "layers.000") == expected
+    put(shop.kv("a"), good[:-100])
+    assert refused(runtime, shop, "a", "bytes long") == expected
+    assert shop.kv("a").read_bytes() == good
 
 
 def test_files_swapped_between_cubes_are_refused(runtime: RuntimeClient, shop: Shop) -> None:
@@ -286,5 +297,5 @@ def test_files_swapped_between_cubes_are_refused(runtime: RuntimeClient, shop: S
     first.rename(first.with_name("x"))
     second.rename(first)
     first.with_name("x").rename(second)
-    for cube in (one, other):
-        refused(runtime, cube, "payload_sha256")
+    for path in "ab":
+        refused(runtime, shop, path, "payload_sha256")

@@ -454,6 +454,39 @@ def test_a_right_that_is_taken_away_counts_at_once(shared: Config, shop: Shop) -
         question(shared, BEN, cube)
 
 
+def test_who_may_not_promote_has_nothing_written(shared: Config, shop: Shop) -> None:
+    cube = cube_of(shop, "a", 0o644, access=allow("promote", f"user:{CAT}"))
+    request(shared, ANN, "encode", **cube)
+    kept = shop.digest("a")
+    with (shop.root / "a/payload.md").open("a") as file:
+        file.write(" and more")
+    for way in ("made again", "resident"):
+        report = question(shared, BEN, cube)
+        assert report["cubes"][0]["chose"]["way"] == way
+    with RuntimeClient(shared_socket_path(shared, 0), served_by=0) as client:
+        told = client.stream("subscribe", store=str(shop.root))
+        assert next(told)["event"] == "state"
+        time.sleep(0.2)
+        assert shop.digest("a") == kept
+        assert question(shared, CAT, cube)["cubes"][0]["chose"]["way"] == "resident"
+        assert [next(told)["event"] for _ in range(2)] == ["asked", "encoded"], "no denial of Ben"
+    assert shop.digest("a") != kept
+    assert (shop.root / "a/kv.safetensors").stat().st_uid == ANN
+
+
+def test_a_frozen_cube_keeps_the_file_it_has(shared: Config, shop: Shop) -> None:
+    cube = cube_of(shop, "a", 0o644, access=[])
+    request(shared, ANN, "encode", **cube)
+    kept = shop.digest("a")
+    (shop.root / "a/payload.md").write_text(prose(50, 3))
+    meta = metadata.parse((shop.root / "a/meta.json").read_bytes())
+    meta["state"]["frozen"] = True
+    (shop.root / "a/meta.json").write_bytes(metadata.render(meta))
+    assert question(shared, ANN, cube)["cubes"][0]["chose"]["way"] == "made again"
+    time.sleep(0.2)
+    assert shop.digest("a") == kept
+
+
 def test_a_calling_context(shared: Config, shop: Shop) -> None:
     cube = cube_of(shop, "a", 0o644, access=allow("mount", "context:memfs-agent.service"))
     with in_context("memfs-agent.service") as enter:

@@ -40,6 +40,10 @@ class Part:
     """[preamble | this cube]; it is only read."""
     why: str | None = None
     """Why it is text, where a KV cache was wanted."""
+    computed: int = 0
+    """Rows of the cache that were computed for this very question."""
+    chose: dict[str, Any] | None = None
+    """How the cache came to be there (``mounting.choosing``)."""
     tokens: int = 0
     ids: Sequence[int] = ()
     """Of the cache's rows; of the text, once it has been tokenized."""
@@ -109,22 +113,18 @@ def answer(resident: Resident, question: Question) -> Steps:
     report = {
         **decoded,
         "prompt_tokens": prompt_tokens,
-        "cached_tokens": memory.cached,
+        "cached_tokens": memory.cached - sum(part.computed for part in parts),
         "recomputed_tokens": memory.recomputed,
         "composed": memory.composed,
-        "cubes": [
-            {
-                "path": p.path,
-                "store": p.store,
-                "how": p.how,
-                "why": p.why,
-                "tokens": p.tokens,
-                "storage": p.storage,
-            }
-            for p in question.parts
-        ],
+        "cubes": [_line(part) for part in question.parts],
     }
     return Answer(report, memory.placed)
+
+
+def _line(part: Part) -> dict[str, Any]:
+    """What the report says of a memory."""
+    names = ("path", "store", "how", "why", "tokens", "storage", "chose")
+    return {name: getattr(part, name) for name in names}
 
 
 def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[int]]:
@@ -145,7 +145,7 @@ def _fitting(resident: Resident, question: Question) -> tuple[list[Part], list[i
             raise TooLong(f"{total} tokens with the question, of {resident.context}")
         left = parts.pop(0)
         left.cache, left.why = None, "left out: the mounted memories are longer than the context"
-        left.tokens, left.storage = 0, None
+        left.tokens, left.storage, left.chose = 0, None, None
     if not parts:
         ids = resident.prompt.question(question.text, bare=True)
     return parts, ids

@@ -15,8 +15,11 @@ from memfs.runtime.asking.answering import Answer, Part, Question, answer
 from memfs.runtime.asking.joint import Joints
 from memfs.runtime.asking.policy import Policy
 from memfs.runtime.cubes import Cube, Text
+from memfs.runtime.mounting.choosing import Choosing
+from memfs.runtime.mounting.making import Making
 from memfs.runtime.mounting.memory import Memory
 from memfs.runtime.mounting.mounted import Mounted
+from memfs.runtime.mounting.rates import Rates
 from memfs.runtime.mounting.residency import Entry
 from memfs.runtime.worker import Priority, Worker
 
@@ -27,9 +30,13 @@ MAX_ANSWER = 4096
 class Asking:
     """Answers questions from a mounted set."""
 
-    def __init__(self, mounted: Mounted, worker: Worker, policy: Policy) -> None:
+    def __init__(
+        self, mounted: Mounted, worker: Worker, making: Making, rates: Rates, policy: Policy
+    ) -> None:
         self._mounted = mounted
         self._worker = worker
+        self._making = making
+        self._choosing = Choosing(mounted, making, rates)
         self._policy = policy
         self._joints = Joints(mounted, worker)
 
@@ -104,12 +111,11 @@ class Asking:
         with await mounted.open(caller, cube, "mount") as files:
             if why is None:
                 try:
-                    entry = await mounted.load(files, caller.uid)
-                    memory = entry.value
-                    part = Part(
-                        cube.path, root, None, memory.cache, ids=memory.ids, storage=memory.storage
-                    )
-                    return part, entry
+                    rows = await self._choosing.rows(files, caller.uid)
+                    part = Part(cube.path, root, None, rows.cache)
+                    part.ids, part.storage = rows.ids, rows.storage
+                    part.computed, part.chose = rows.computed, rows.chose
+                    return part, rows.entry
                 except NotFound:
                     why = f"it has no {layout.KV}"
                 except MemfsError as e:
@@ -127,12 +133,13 @@ class Asking:
         entries: list[Entry[Memory]],
         done: Answer,
     ) -> None:
-        """Keeps what was placed for the next question, has it made exact, and announces who was
-        asked."""
+        """Keeps what was placed for the next question, has it made exact, has files
+        written of what was made again, and announces who was asked."""
         mounted = self._mounted
         if key:
             if done.placed is not None and mounted.residency.peek(key) is None:
                 await mounted.keep_placed(key, done.placed, done.report["composed"])
             self._joints.soon(key, entries)
+        self._making.publish_later(caller, [entry.value for entry in entries])
         for cube, line in zip(named, done.report["cubes"], strict=True):
             mounted.announce("asked", cube, uid=caller.uid, how=line["how"])

@@ -13,10 +13,9 @@ from typing import Any
 from memfs.cube import layout
 from memfs.cube.kvfile import check_tensors
 from memfs.errors import KVStale, MemfsError
-from memfs.runtime.cubes import Cube, Text
+from memfs.runtime.cubes import Cube, Signature, Text, signature_of
 from memfs.runtime.kv import kv_store
-from memfs.runtime.kv.encoding import Encoded
-from memfs.runtime.model.kv_cache import KVCache
+from memfs.runtime.kv.encoding import Earlier, Encoded
 from memfs.runtime.model.resident import Resident
 from memfs.vault.publish import publishing
 
@@ -47,35 +46,50 @@ def ready(cube: Cube, resident: Resident, text: Text, storage: str) -> dict[str,
     }
 
 
-def earlier(cube: Cube, resident: Resident, text: Text) -> tuple[KVCache, list[int]] | None:
-    """This model's KV cache of an earlier text of the cube, if there is one that can be trusted.
+def earlier(cube: Cube, resident: Resident, text: Text) -> Earlier | None:
+    """This model's KV cache of an earlier text of the cube, if there is one that can be trusted."""
+    with _beside(cube, text) as fd:
+        return None if fd is None else earlier_in(fd, resident)
+
+
+def earlier_in(fd: int, resident: Resident) -> Earlier | None:
+    """The same of an open file.
 
     One in int8 is none: its rows are not what the model computes, and would be rounded once more.
     """
-    with _beside(cube, text) as fd:
-        try:
-            if fd is None or kv_store.fit(fd, resident, None).storage != "exact":
-                return None
-            return kv_store.read(fd, resident, None, room=0)
-        except MemfsError:
+    try:
+        if kv_store.fit(fd, resident, None).storage != "exact":
             return None
+        return kv_store.read(fd, resident, None, room=0)
+    except MemfsError:
+        return None
 
 
-def publish(cube: Cube, resident: Resident, encoded: Encoded, text: Text, storage: str) -> int:
-    """Publishes the file, owned like the text; its bytes.
+def publish(
+    cube: Cube, resident: Resident, encoded: Encoded, text: Text, storage: str
+) -> Signature:
+    """Publishes the file, owned like the text; what it is by then.
 
     Raises, and publishes nothing: KVStale where the text changed meanwhile, NotAllowed where the
     cube was frozen, MemfsError where int8 cannot store what the model made.
     """
-    with cube.open(None) as files:  # the directory that is looked at is the one that is written to
-        here = files.directory
-        with publishing(here, layout.KV, like=layout.PAYLOAD) as (fd, _):
-            size = kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256, storage)
+    kept = -1
+    try:
+        # The directory that is looked at is the one that is written to.
+        with (
+            cube.open(None) as files,
+            publishing(files.directory, layout.KV, like=layout.PAYLOAD) as (fd, _),
+        ):
+            kept = os.dup(fd)  # asked after the rename, which changes the status
+            kv_store.write(fd, encoded.cache, resident, encoded.ids, text.sha256, storage)
             with files.again() as now:
                 if now.signature != text.signature and now.text().sha256 != text.sha256:
                     raise KVStale(f"{cube.path}: the text changed while it was encoded")
             cube.require_writable()
-    return size
+        return signature_of(kept)
+    finally:
+        if kept >= 0:
+            os.close(kept)
 
 
 @contextlib.contextmanager

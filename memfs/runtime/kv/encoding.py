@@ -29,15 +29,21 @@ class Encoded:
     kept: int
     """Rows that were taken over from an earlier KV cache."""
     seconds: float
+    busy_seconds: float
+    """Of them, the model's own: others may have had its thread in between."""
+
+
+Earlier = tuple[KVCache, list[int]]
+"""A KV cache made from an earlier text, [preamble | cube], and the ids of the cube's rows."""
 
 
 def prefill(
-    resident: Resident, text: str, earlier: tuple[KVCache, list[int]] | None
+    resident: Resident, text: str, earlier: Earlier | None
 ) -> Generator[dict[str, Any] | None, None, Encoded]:
     """Computes the rows of a text, a chunk a step; yields ``progress`` with tokens per second.
 
     Args:
-        earlier: a KV cache of this model made from an earlier text, and its ids. Rows before the
+        earlier: of this model's. Rows before the
             first id that differs are kept, in whole chunks: what comes out is bit for bit what a
             new prefill gives.
 
@@ -59,16 +65,20 @@ def prefill(
         kept = _common(ids, old_ids) // PREFILL_CHUNK * PREFILL_CHUNK
         old.length = resident.base + kept
         cache.append(old, resident.base)
+    away = 0.0
     for done in resident.engine.prefill(cache, ids[kept:]):
-        seconds = time.perf_counter() - began
+        now = time.perf_counter()
         yield {
             "event": "progress",
             "done": kept + done,
             "total": len(ids),
-            "tokens_per_s": done / seconds,
+            "tokens_per_s": done / (now - began),
         }
         yield None
-    return Encoded(cache, ids, kept, time.perf_counter() - began)
+        away += time.perf_counter() - now
+    resident.engine.finish()
+    seconds = time.perf_counter() - began
+    return Encoded(cache, ids, kept, seconds, seconds - away)
 
 
 def _common(new: list[int], old: list[int]) -> int:

@@ -10,7 +10,6 @@ threads.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import threading
@@ -31,6 +30,7 @@ from memfs.cube.kvfile import (
     layer_name,
     read_header,
     require_checksum,
+    require_token_ids,
 )
 from memfs.errors import KVCorrupt
 from memfs.runtime.kv.int8 import Packed, pack, require_scales, unpack
@@ -146,8 +146,7 @@ def write(
 def _token_ids(fd: int, header: Header) -> list[int]:
     raw = bytearray(header.tensors[TOKEN_IDS].nbytes)
     _read_tensor(fd, header, TOKEN_IDS, [memoryview(raw)])
-    if hashlib.sha256(raw).hexdigest() != header.fingerprint["token_ids_sha256"]:
-        raise KVCorrupt("token_ids do not match token_ids_sha256")
+    require_token_ids(header, raw)
     return [number for (number,) in struct.iter_unpack("<i", raw)]
 
 

@@ -30,6 +30,11 @@ class Engine:
         """An empty cache of ``capacity`` rows."""
         return KVCache(self.shape, capacity)
 
+    def finish(self) -> None:
+        """Waits for what an accelerator was given to do."""
+        if self.shape.device.type == "cuda":
+            torch.cuda.synchronize(self.shape.device)
+
     def prefill(
         self, cache: KVCache, ids: Sequence[int], *, logits: bool = False
     ) -> Generator[int, None, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from memfs.errors import InvalidRequest, NotFound
 from memfs.runtime.cubes import Cube, Files, Signature
+from memfs.runtime.kv.encoding import Encoded
 from memfs.runtime.model.kv_cache import KVCache
 
 
@@ -25,6 +26,9 @@ class Memory:
     payload_sha256: str
     payload_signature: Signature | None
     kv_signature: Signature | None
+    """Of its file; where these rows are in no file, of the one that they take the place of."""
+    unpublished: Encoded | None = None
+    """What is to be written to the file, where that does not hold these rows."""
     pinned: bool = False
     """Whether the cube's header pinned it when it was last looked at."""
     storage: str | None = None

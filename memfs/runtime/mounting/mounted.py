@@ -13,7 +13,7 @@ import contextlib
 import gc
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
@@ -25,6 +25,7 @@ from memfs.cube.metadata import rfc3339
 from memfs.errors import MemfsError, NotAllowed, OutOfMemory, OverBudget, Refused
 from memfs.runtime.cubes import Cube, Files, Text
 from memfs.runtime.kv import kv_store
+from memfs.runtime.kv.encoding import Encoded
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
 from memfs.runtime.model.spare import spare
@@ -120,24 +121,24 @@ class Mounted:
             KVCorrupt, KVForeign, KVStale, OverBudget, OutOfMemory: it is refused; by name of what
                 differs.
         """
-        cube = files.cube
-        # Two readers of one cube share one load.
-        async with self._loading.setdefault(cube.key, asyncio.Lock()):
-            entry = self.residency.peek(cube.key)
+        with self.refusing(files.cube, uid):
+            async with self.only_one(files, uid) as found:
+                entry = found or await self.read(files, uid, await self.in_io(files.text))
+                self.residency.use(files.cube.key)
+                return entry
+
+    @contextlib.asynccontextmanager
+    async def only_one(self, files: Files, uid: int) -> AsyncIterator[Entry[Memory] | None]:
+        """A cube's KV cache, where it is in the model or in host memory and its files stand; None
+        where the body is to bring it in, with ``read`` or ``add``. Who else wants the cube waits,
+        and finds it there: two share one load. Raises OverBudget."""
+        key = files.cube.key
+        async with self._loading.setdefault(key, asyncio.Lock()):
+            entry = self.residency.peek(key)
             if entry and not await self.in_io(entry.value.unchanged, files):
-                self._drop(cube.key, "its files changed")
+                self._drop(key, "its files changed")
                 entry = None
-            if entry is None:
-                pinned = await self.in_io(files.pinned)
-                try:
-                    entry = await self._from_host(files) or await self._load(files)
-                except Refused as e:
-                    self.refuse(cube, uid, e)
-                    raise
-                self._remember(cube)
-                self._follow_header(entry, pinned, uid)
-            self.residency.use(cube.key)
-            return entry
+            yield entry or await self._from_host(files, uid)
 
     def is_held(self, cube: Cube) -> bool:
         """Whether it is on the device or in host memory."""
@@ -150,15 +151,12 @@ class Mounted:
 
         Raises what ``load`` raises, and tells nobody of it; OverBudget where there is no room.
         """
-        cube = files.cube
-        async with self._loading.setdefault(cube.key, asyncio.Lock()):
-            if not self.is_held(cube):
-                pinned = await self.in_io(files.pinned)
-                entry = await self._load(files, evicting=False)
-                self._remember(cube)
-                self._follow_header(entry, pinned, files.owner)
+        async with self._loading.setdefault(files.cube.key, asyncio.Lock()):
+            if not self.is_held(files.cube):
+                text: Text = await self.in_io(files.text)
+                await self.read(files, files.owner, text, evicting=False)
 
-    async def _from_host(self, files: Files) -> Entry[Memory] | None:
+    async def _from_host(self, files: Files, uid: int) -> Entry[Memory] | None:
         """The cube back on the device from host memory, where it is there and its files stand."""
         key = files.cube.key
         kept = self.host.residency.peek(key) if self.host else None
@@ -172,12 +170,13 @@ class Mounted:
         nbytes = (rows.length + kv_store.ROOM) * shape.token_bytes
         await self._make_room(nbytes)
         cache = await self._with_room(nbytes, partial(to_device, rows, shape, kv_store.ROOM))
-        await self._make_room(cache.nbytes)  # another may have come in meanwhile
         memory = replace(kept.value, cube=files.cube, cache=cache, pinned=False)
-        return self.residency.add(key, memory, kept.tokens)
+        return await self._put(files, uid, memory)
 
-    async def _load(self, files: Files, *, evicting: bool = True) -> Entry[Memory]:
-        text: Text = await self.in_io(files.text)
+    async def read(
+        self, files: Files, uid: int, text: Text, *, evicting: bool = True
+    ) -> Entry[Memory]:
+        """Loads a cube's KV cache from its file. Raises what ``load`` raises."""
         fd, signature = await self.in_io(files.open_kv)
         header = await self.in_io(kv_store.fit, fd, self.resident, text.sha256)
         rows = self.resident.base + header.tokens + kv_store.ROOM
@@ -186,10 +185,37 @@ class Mounted:
         await make_room(nbytes)
         read = partial(kv_store.read, fd, self.resident, text.sha256)
         cache, ids = await (self._with_room(nbytes, read) if evicting else self.in_io(read))
-        await make_room(cache.nbytes)  # another may have come in while this one was read
         read_from = (text.sha256, text.signature, signature)
         memory = Memory(files.cube, cache, array("i", ids), *read_from, storage=header.storage)
-        return self.residency.add(files.cube.key, memory, header.tokens)
+        return await self._put(files, uid, memory, evicting=evicting)
+
+    async def add(
+        self, files: Files, uid: int, text: Text, made: Encoded, *, published: bool
+    ) -> Entry[Memory]:
+        """Keeps a cube's rows as they were made of its text.
+
+        Args:
+            files: the text is theirs, and so is the KV cache, which is open.
+            published: whether that holds these rows; otherwise they are to take its place.
+
+        Raises OverBudget.
+        """
+        made_of = (text.sha256, text.signature, files.open_kv()[1])
+        memory = Memory(files.cube, made.cache, array("i", made.ids), *made_of, storage="exact")
+        memory.unpublished = None if published else made
+        return await self._put(files, uid, memory)
+
+    async def _put(
+        self, files: Files, uid: int, memory: Memory, *, evicting: bool = True
+    ) -> Entry[Memory]:
+        pinned = await self.in_io(files.pinned)
+        make_room = self._make_room if evicting else self._require_room
+        await make_room(memory.nbytes)  # another may have come in meanwhile
+        tokens = memory.cache.length - self.resident.base
+        entry = self.residency.add(files.cube.key, memory, tokens)
+        self._remember(files.cube)
+        self._follow_header(entry, pinned, uid)
+        return entry
 
     def lend(self, entries: list[Entry[Memory]]) -> tuple[str | None, KVCache | None, str | None]:
         """Lends an answer a cache to write behind: of its only memory, or of all placed together.
@@ -285,6 +311,15 @@ class Mounted:
         self.announce("refused", cube, uid=uid, reason=str(error))
 
     @contextlib.contextmanager
+    def refusing(self, cube: Cube, uid: int) -> Iterator[None]:
+        """Remembers and announces it where the body raises Refused."""
+        try:
+            yield
+        except Refused as e:
+            self.refuse(cube, uid, e)
+            raise
+
+    @contextlib.contextmanager
     def denying(self, cube: Cube, uid: int, right: str) -> Iterator[None]:
         """Announces that a user is denied something, where the body raises NotAllowed."""
         try:
@@ -298,18 +333,9 @@ class Mounted:
         where = {"store": str(cube.store.root), "path": cube.path}
         self._announce({"event": event, **where, "kind": "kv", "time": rfc3339(), **facts})
 
-    def lines(self) -> list[dict[str, Any]]:
-        """One line for each memory in the model, for ``status``."""
-        return [self._line(entry) for entry in self.residency]
-
-    async def lines_for(self, caller: Caller) -> list[dict[str, Any]]:
-        """The same for a user: of what he may mount, and without other users' sessions."""
-        told = []
-        for cube, line in [(entry.value.cube, self._line(entry)) for entry in self.residency]:
-            if cube is not None and await self.in_io(cube.visible, caller):
-                own = [uid for uid in line["sessions"] if uid == caller.uid]
-                told.append({**line, "sessions": own})
-        return told
+    def sessions_with(self, key: str) -> list[int]:
+        """The users in whose sessions a memory is."""
+        return [uid for uid, cubes in self._sessions.items() if key in cubes]
 
     def absent(self, uid: int | None) -> dict[str, Cube]:
         """The cubes, by key, that are not in the model and were lately, or are in a session.
@@ -322,24 +348,6 @@ class Mounted:
             if uid in (None, owner):
                 cubes |= session
         return {key: cube for key, cube in cubes.items() if self.residency.peek(key) is None}
-
-    def _line(self, entry: Entry[Memory]) -> dict[str, Any]:
-        cube = entry.value.cube
-        return {
-            "cube": cube.path if cube else None,
-            "store": str(cube.store.root) if cube else None,
-            "kind": "kv" if cube else "placed",
-            "tokens": entry.tokens,
-            "bytes": entry.value.nbytes,
-            "storage": entry.value.storage,
-            "tier": "device",
-            "hits": entry.hits,
-            "composed": entry.value.composed,
-            "joint": entry.value.joint,
-            "pinned": entry.pinned,
-            "protected": entry.protected,
-            "sessions": [uid for uid, cubes in self._sessions.items() if entry.key in cubes],
-        }
 
     def _follow_header(self, entry: Entry[Memory], pinned: bool, uid: int) -> None:
         """Pins a memory, or lets it go, where its cube's header has come to say so."""

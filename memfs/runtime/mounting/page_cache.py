@@ -7,10 +7,14 @@ that ``mincore`` needs is never touched.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 
 import numpy as np
+
+PROBES = 32
+"""Places in a file."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,6 +36,25 @@ def cached_bytes(fd: int) -> int:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
     return min(size, int((pages & 1).sum()) * mmap.PAGESIZE)
+
+
+def missing_share(fd: int) -> float:
+    """The share of an open file that is not in memory, asked at ``PROBES`` places: it takes tens of
+    microseconds, where counting takes milliseconds.
+
+    0 where the filesystem cannot say.
+    """
+    size, missing, byte = os.fstat(fd).st_size, 0, bytearray(1)
+    for probe in range(PROBES):
+        try:
+            os.preadv(fd, [byte], size * probe // PROBES, os.RWF_NOWAIT)
+        except BlockingIOError:
+            missing += 1
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+            return 0.0
+    return missing / PROBES
 
 
 def read_ahead(fd: int) -> None:

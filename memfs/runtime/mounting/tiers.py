@@ -10,8 +10,10 @@ from memfs.cube.access import Caller
 from memfs.errors import MemfsError
 from memfs.runtime.cubes import Cube
 from memfs.runtime.model.resident import Resident
+from memfs.runtime.mounting.memory import Memory
 from memfs.runtime.mounting.mounted import Mounted
 from memfs.runtime.mounting.page_cache import cached_bytes
+from memfs.runtime.mounting.residency import Entry
 
 DEVICE, HOST, PAGE_CACHE, DISK = "device", "host", "page cache", "disk"
 
@@ -49,6 +51,40 @@ def tiers(
         found[line["tier"]]["memories"] += 1
         found[line["tier"]]["bytes"] += line["bytes"]
     return list(found.values())
+
+
+def in_model(mounted: Mounted) -> list[dict[str, Any]]:
+    """One line for each memory that is in the model."""
+    return [_line(mounted, entry) for entry in mounted.residency]
+
+
+async def in_model_for(mounted: Mounted, caller: Caller) -> list[dict[str, Any]]:
+    """The same for a user: of what he may mount, and without other users' sessions."""
+    told = []
+    for cube, line in [(e.value.cube, _line(mounted, e)) for e in mounted.residency]:
+        if cube is not None and await mounted.in_io(cube.visible, caller):
+            own = [uid for uid in line["sessions"] if uid == caller.uid]
+            told.append({**line, "sessions": own})
+    return told
+
+
+def _line(mounted: Mounted, entry: Entry[Memory]) -> dict[str, Any]:
+    cube = entry.value.cube
+    return {
+        "cube": cube.path if cube else None,
+        "store": str(cube.store.root) if cube else None,
+        "kind": "kv" if cube else "placed",
+        "tokens": entry.tokens,
+        "bytes": entry.value.nbytes,
+        "storage": entry.value.storage,
+        "tier": DEVICE,
+        "hits": entry.hits,
+        "composed": entry.value.composed,
+        "joint": entry.value.joint,
+        "pinned": entry.pinned,
+        "protected": entry.protected,
+        "sessions": mounted.sessions_with(entry.key),
+    }
 
 
 async def nearby(mounted: Mounted, caller: Caller | None) -> list[dict[str, Any]]:
