@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +14,19 @@ from typing import Any
 
 import pytest
 
+from memfs.config import Config
 from memfs.errors import MemfsError
 from memfs.runtime import worker as worker_module
 from memfs.runtime.asking.answering import Part, Question, answer
+from memfs.runtime.client import RuntimeClient, connect
 from memfs.runtime.kv.encoding import Encoded, prefill
 from memfs.runtime.model.engine import PREFILL_CHUNK
 from memfs.runtime.model.resident import Resident
 from memfs.runtime.model.steps import Step
 from memfs.runtime.worker import Job, Priority, Worker
 
-from .conftest import prose, run_all
+from ..waiting import until
+from .conftest import Shop, prose, run_all
 
 MODELS = ["tiny_model_dir", "tiny_qwen_dir"]
 
@@ -210,3 +215,39 @@ def test_who_begins_and_who_goes_on_take_turns(
     at_once(worker, main)
     between = [after - before for before, after in itertools.pairwise(seen)]
     assert between == [1] * chunks, "a chunk, a token of each other, a chunk, …, its first token"
+
+
+# Through the daemon.
+
+
+def busy(pid: int, seconds: float = 0.3) -> bool:
+    """Whether a process computes."""
+
+    def ticks() -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = ticks()
+    time.sleep(seconds)
+    return ticks() - before > seconds * os.sysconf("SC_CLK_TCK") / 4
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_who_leaves_ends_their_answer(
+    tiny_config: Config, runtime: RuntimeClient, shop: Shop, when: str
+) -> None:
+    cube = shop.cube("a", prose(3000 if when == "prefill" else 30))
+    kv = when == "decode"
+    if kv:
+        runtime.call("encode", **cube)
+    pid = runtime.call("status")["pid"]
+    for _ in range(2):  # the second writes into the room that the first had
+        with connect(tiny_config, start=False) as leaving:
+            events = leaving.stream("ask", question="Why?", cubes=[cube], kv=kv, max_tokens=4096)
+            if kv:
+                next(events)
+            else:
+                threading.Timer(0.2, leaving.close).start()
+                with pytest.raises((MemfsError, OSError, ValueError)):
+                    next(events)
+        until(lambda: not busy(pid), seconds=3)  # the whole of it would take longer

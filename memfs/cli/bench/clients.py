@@ -22,9 +22,9 @@ examples:
   memfs bench clients
   memfs bench clients --clients 1,16,32 --tokens 256 --runs 9
 
-Each client has a connection and a cube of its own, which is mounted. tokens_per_s counts the tokens
-of all, from the first request to the last answer; times_one is that beside one client in the same
-run; first_s is the time to first token of each.
+Each client has a connection and a cube of its own, which is mounted. tokens_a_second counts the
+tokens of all, from the first request to the last answer; times_one is that beside one client in the
+same run; first_s is the time to first token of each.
 """
 
 QUESTION = "Copy the log from its beginning, day by day and word by word."
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, say: Say) -> Facts:
     lines = [
         {
             "clients": count,
-            "tokens_per_s": spread(rates[count]),
+            "tokens_a_second": spread(rates[count]),
             "times_one": spread([r / o for r, o in zip(rates[count], one, strict=True)]),
             "first_s": spread(firsts[count]),
         }

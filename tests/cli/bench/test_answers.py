@@ -9,7 +9,7 @@ def test_clients_are_counted_beside_one(bench: Bench) -> None:
     facts = bench("clients", "--clients", "1,3", "--tokens", 60, "--answer", 6, "--runs", 2)
     assert [line["clients"] for line in facts["clients"]] == [1, 3]
     for line in facts["clients"]:
-        assert all(is_spread(line[name]) for name in ("tokens_per_s", "times_one", "first_s"))
+        assert all(is_spread(line[name]) for name in ("tokens_a_second", "times_one", "first_s"))
     assert facts["clients"][0]["times_one"]["median"] == 1
 
 
