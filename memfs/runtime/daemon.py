@@ -13,6 +13,7 @@ import fcntl
 import grp
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -28,6 +29,9 @@ from memfs.runtime.protocol import shared_socket_path
 if TYPE_CHECKING:
     from memfs.runtime.model.resident import Resident
 
+
+DESCRIPTORS_A_CLIENT = 4
+"""Its connection, and the directory and two files of the cube that it asks for."""
 
 EVERYBODY = "all"
 """What ``shared`` says where it is not a group."""
@@ -70,18 +74,19 @@ def run(config: Config, path: Path) -> int:
         listening = [sockets.enter_context(_socket_at(path))]
         if config.shared:
             listening.append(sockets.enter_context(_socket_of_others(config)))
+        clients = _descriptors() // DESCRIPTORS_A_CLIENT
         for one in listening:  # not before all is well: who is let in takes it that it serves
             one.listen(1024)
-        asyncio.run(_serve(config, listening))
+        asyncio.run(_serve(config, listening, clients))
     return 0
 
 
-async def _serve(config: Config, listening: list[socket.socket]) -> None:
+async def _serve(config: Config, listening: list[socket.socket], clients: int) -> None:
     from memfs.runtime.server import Server  # torch: seconds, while clients already connect
     from memfs.runtime.service import Service
 
     service = Service(config, lambda say: _load(config, say))
-    server = Server(service, os.getuid())
+    server = Server(service, os.getuid(), clients)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, server.stopped.set)
@@ -91,6 +96,13 @@ async def _serve(config: Config, listening: list[socket.socket]) -> None:
     finally:
         loading.cancel()
         service.close()
+
+
+def _descriptors() -> int:
+    """How many descriptors this process may have: from now on as many as the system lets it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def _load(config: Config, say: Callable[[str], None]) -> Resident:

@@ -28,7 +28,10 @@ _GROUPS_BYTES = 1024
 """The most that Python asks for: 256 groups."""
 
 MAX_LINE = 8 << 20
-"""Bytes of one line; a longer one ends the connection."""
+"""Bytes of a line of an answer; a longer one ends the connection."""
+
+MAX_REQUEST = 1 << 20
+"""Bytes of a request; a longer one is refused, and ends the connection."""
 
 
 def model_spec(config: Config) -> str:

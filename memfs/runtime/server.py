@@ -1,28 +1,36 @@
 """The runtime's socket: lines in, lines out, each request run by the service.
 
 One asyncio task a connection, and one more a request, which is cancelled when the client goes. A
-client that says nothing costs a descriptor and no thread. Runs in the daemon's event loop.
+client that says nothing costs a descriptor and no thread; one that asks and does not read is cut
+off after a while. Runs in the daemon's event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from memfs.cube.access import Caller
-from memfs.errors import DiskFull, InvalidRequest, MemfsError, NotAllowed
+from memfs.errors import DiskFull, InvalidRequest, MemfsError, NotAllowed, RuntimeUnavailable
 from memfs.runtime.cubes import Cube
-from memfs.runtime.protocol import MAX_LINE, decode, encode, peer_of
+from memfs.runtime.protocol import MAX_REQUEST, decode, encode, peer_of
 from memfs.runtime.service import Service
+from memfs.runtime.shortage import shortage
 
 log = logging.getLogger("memfs.runtime")
 
 Request = dict[str, Any]
+
+ACCEPT_AGAIN_SECONDS = 0.25
+"""After which it is looked again whether there are descriptors."""
+UNREAD_SECONDS = 60.0
+"""How long a client may leave its answer unread once the socket's buffers are full."""
 
 _IDS = frozenset({"uid", "gid", "gids"})
 """What of a request names a user."""
@@ -31,24 +39,54 @@ _IDS = frozenset({"uid", "gid", "gids"})
 class Server:
     """Serves connections until it is told to stop."""
 
-    def __init__(self, service: Service, own_uid: int) -> None:
-        """``own_uid`` is the user the daemon runs as."""
+    def __init__(self, service: Service, own_uid: int, most: int) -> None:
+        """``own_uid`` is the user the daemon runs as; ``most`` clients are served at once."""
         self._service = service
         self._own_uid = own_uid
+        self._most = most
+        self._connections: set[asyncio.Task[None]] = set()
         self.stopped = asyncio.Event()
 
     async def serve(self, listening: list[socket.socket]) -> None:
         """Accepts until ``stopped`` is set."""
-        servers = [
-            await asyncio.start_unix_server(self._connection, sock=sock, limit=MAX_LINE)
-            for sock in listening
-        ]
+        accepting = [asyncio.create_task(self._accept(one)) for one in listening]
         await self.stopped.wait()
-        for server in servers:
-            server.close()  # not waited for: clients may keep their connections open
+        for task in accepting:  # clients may keep their connections: they end with the loop
+            task.cancel()
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = peer_of(writer.get_extra_info("socket"))
+    async def _accept(self, listening: socket.socket) -> None:
+        # Not asyncio's own server: where descriptors run out, that tells of it a thousand times a
+        # second (once for each place in its backlog).
+        listening.setblocking(False)
+        loop, told = asyncio.get_running_loop(), False
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError as e:  # out of descriptors or memory; who waits to connect waits on
+                if not told:
+                    log.warning("nobody can connect: %s", e.strerror)
+                told = True
+                await asyncio.sleep(ACCEPT_AGAIN_SECONDS)
+                continue
+            told = False
+            if len(self._connections) >= self._most:
+                error = RuntimeUnavailable(f"it has {self._most} clients, and can have no more")
+                with contextlib.suppress(OSError):
+                    connection.send(encode({"error": error.to_wire()}))
+                connection.close()
+                continue
+            serving = asyncio.create_task(self._connection(connection))
+            self._connections.add(serving)
+            serving.add_done_callback(self._connections.discard)
+
+    async def _connection(self, connection: socket.socket) -> None:
+        try:
+            peer = peer_of(connection)
+            reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MAX_REQUEST)
+        except OSError as e:
+            log.warning("a client cannot be served: %s", e)
+            connection.close()
+            return
         line: asyncio.Task[bytes] = asyncio.create_task(reader.readline())
         try:
             while data := await line:
@@ -58,7 +96,12 @@ class Server:
                 if not answering.done() and not _next_line(line):
                     answering.cancel()  # the client is gone: nobody wants the rest
                 await asyncio.gather(answering, return_exceptions=True)
-        except (ConnectionError, ValueError) as e:  # reset, or a line beyond the limit
+                if writer.is_closing():  # it does not hear what else it has asked for
+                    break
+        except ValueError:
+            error = InvalidRequest(f"a request has at most {MAX_REQUEST} bytes")
+            writer.write(encode({"error": error.to_wire()}))
+        except ConnectionError as e:
             log.debug("a connection ended: %s", e)
         except asyncio.CancelledError:
             pass  # the daemon is going down
@@ -67,23 +110,29 @@ class Server:
             writer.close()
 
     async def _answer(self, data: bytes, peer: Caller, writer: asyncio.StreamWriter) -> None:
+        """Writes the lines of an answer, as fast as the client takes them; one that takes none for
+        a while is cut off, as what answers it is kept in memory meanwhile."""
+        async with contextlib.aclosing(self._lines(data, peer)) as lines:
+            async for line in lines:
+                writer.write(encode(line))
+                try:
+                    async with asyncio.timeout(UNREAD_SECONDS):
+                        await writer.drain()
+                except TimeoutError:
+                    log.info("a client did not read its answer for %d s", UNREAD_SECONDS)
+                    writer.transport.abort()
+                    return
+
+    async def _lines(self, data: bytes, peer: Caller) -> AsyncGenerator[dict[str, Any], None]:
+        """The lines that answer a request, an error the last of them."""
         try:
             request = decode(data)
             async for line in self._run(request, self._caller(request, peer), peer):
-                writer.write(encode(line))
-                await writer.drain()
-            return
+                yield line
         except MemfsError as e:
-            error = e
-        except OSError as e:
-            where = f"{e.filename}: " if isinstance(e.filename, str) else ""
-            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-            error = (DiskFull if full else MemfsError)(f"{where}{e.strerror or e}")
-        except Exception as e:  # one bad request must not end the daemon
-            log.exception("a request failed")
-            error = MemfsError(f"{type(e).__name__}: {e}")
-        writer.write(encode({"error": error.to_wire()}))
-        await writer.drain()
+            yield {"error": e.to_wire()}
+        except Exception as e:  # noqa: BLE001  one bad request must not end the daemon
+            yield {"error": _explained(e).to_wire()}
 
     def _caller(self, request: Request, peer: Caller) -> Caller:
         """Whose rights count: the peer's; the mount process (root, or the daemon's own user) may
@@ -185,3 +234,15 @@ class Server:
 def _next_line(line: asyncio.Task[bytes]) -> bool:
     """Whether the client sent another request rather than going away."""
     return not line.cancelled() and line.exception() is None and bool(line.result())
+
+
+def _explained(error: Exception) -> MemfsError:
+    """An error that is not memfs's own, as one that can be sent."""
+    if (short := shortage(error)) is not None:
+        return short
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if isinstance(error.filename, str) else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return (DiskFull if full else MemfsError)(f"{where}{error.strerror or error}")
+    log.error("a request failed", exc_info=error)
+    return MemfsError(f"{type(error).__name__}: {error}")

@@ -35,6 +35,7 @@ from memfs.runtime.mounting.mounted import Mounted
 from memfs.runtime.mounting.preparing import Preparing
 from memfs.runtime.mounting.rates import Rates
 from memfs.runtime.mounting.tiers import has_host_tier, in_model, in_model_for, nearby, tiers
+from memfs.runtime.subscribers import Subscribers
 from memfs.runtime.worker import Priority, Worker
 
 Events = AsyncIterator[dict[str, Any]]
@@ -77,7 +78,7 @@ class Service:
         self._serving: Serving | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
-        self._subscribers: set[asyncio.Queue[dict[str, Any]]] = set()
+        self._subscribers = Subscribers()
         self._started = time.monotonic()
         self._load_seconds: float | None = None
         self._since_start: float | None = None
@@ -94,7 +95,7 @@ class Service:
             host = None
             if has_host_tier(self.config, resident):
                 host = Host(self.config.host_budget_bytes, self._io)
-            mounted = Mounted(resident, budget, self._io, self._publish, host)
+            mounted = Mounted(resident, budget, self._io, self._subscribers.publish, host)
             rates = Rates()
             making = Making(mounted, self._worker, rates)
             self._serving = Serving(
@@ -110,7 +111,7 @@ class Service:
         self._load_seconds = time.monotonic() - self._started
         self._since_start = process.age()
         self._ready.set()
-        self._publish(self._state_event())
+        self._subscribers.publish(self._state_event())
 
     def close(self) -> None:
         """Ends the threads."""
@@ -262,18 +263,13 @@ class Service:
 
     async def subscribe(self, root: str) -> Events:
         """What happens to the cubes of a store, from now on."""
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._subscribers.add(queue)
-        try:
+        with self._subscribers.listening() as events:
             yield self._state_event(root)
-            while True:
-                event = await queue.get()
+            async for event in events:
                 if event["event"] == "state":
                     yield self._state_event(root)
                 elif event["store"] == root:
                     yield event
-        finally:
-            self._subscribers.discard(queue)
 
     def owns(self, caller: Caller, root: str) -> bool:
         """Whether a user owns the store at ``root``, which is its real path."""
@@ -318,10 +314,6 @@ class Service:
             "mounted": [line for line in lines if line["store"] == root],
             "time": rfc3339(),
         }
-
-    def _publish(self, event: dict[str, Any]) -> None:
-        for queue in self._subscribers:
-            queue.put_nowait(event)
 
 
 @contextlib.asynccontextmanager
