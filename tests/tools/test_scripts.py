@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize(
-    "name", ["tools/quickstart", "tools/test", "tools/crash", "tools/lib.sh", ".ci/run"]
+    "name",
+    ["tools/quickstart", "tools/test", "tools/crash", "tools/mutations", "tools/lib.sh", ".ci/run"],
 )
 def test_the_scripts_are_bash(name: str) -> None:
     subprocess.run(["bash", "-n", ROOT / name], check=True)
