@@ -186,8 +186,9 @@ def _arms(
                 "ask", cubes=[cube], question=question, kv=arm != "text", max_tokens=1
             )
             (used,) = report["cubes"]
-            if arm != "text" and used["how"] != "kv":
-                raise Refused(f"{cube['path']}: not answered from its KV cache: {used['why']}")
+            if arm != "text" and used["chose"]["way"] != arm:
+                why = used["why"] or used["chose"]["why"]
+                raise Refused(f"{cube['path']}: not answered from its KV cache: {why}")
             times.append(report["ttft_s"])
             computed = report["prompt_tokens"] - report["cached_tokens"]
     return {arm: times[1:] for arm, times in arms.items()}, computed
