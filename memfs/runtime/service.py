@@ -212,7 +212,9 @@ class Service:
         cubes = [cube] if cube else mounted.session(caller.uid)
         gone = [c.path for c in cubes if mounted.unmount(c, caller.uid)]
         if cube and not gone:
-            raise NotFound(f"{cube.path} is not mounted in the model")
+            entry = mounted.residency.peek(cube.key)
+            pinned = "; it is pinned (memfs pin --off)" if entry and entry.pinned else ""
+            raise NotFound(f"{cube.path} is not mounted in your session{pinned}")
         return {"unmounted": gone}
 
     async def changed(self, cube: Cube) -> None:

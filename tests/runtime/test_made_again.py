@@ -65,6 +65,18 @@ def test_other_edits(runtime: RuntimeClient, shop: Shop, edit: str) -> None:
     assert shop.digest("a") == made
 
 
+def test_several_cubes_are_of_the_text_as_it_is(runtime: RuntimeClient, shop: Shop) -> None:
+    """What was placed of an earlier text is not answered from, whatever lies in the file."""
+    cubes = [shop.cube("a", prose(400)), shop.cube("b", prose(100, 3))]
+    for cube in cubes:
+        runtime.call("encode", **cube)
+    ask(runtime, cubes)
+    shop.cube("a", prose(20, 5))
+    report = ask(runtime, cubes)
+    assert report["cubes"][0]["chose"]["way"] == "made again"
+    assert report["prompt_tokens"] == ask(runtime, cubes, kv=False)["prompt_tokens"]
+
+
 def test_an_encode_takes_what_a_question_made(runtime: RuntimeClient, shop: Shop) -> None:
     cube = shop.cube("a", prose(300))
     runtime.call("encode", **cube)

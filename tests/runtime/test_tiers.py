@@ -14,7 +14,7 @@ import pytest
 
 from memfs.config import Config
 from memfs.cube import metadata
-from memfs.errors import OverBudget
+from memfs.errors import NotFound, OverBudget
 from memfs.runtime.client import RuntimeClient
 from memfs.runtime.mounting.page_cache import cached_bytes, drop, read_ahead
 from tests.waiting import until
@@ -42,6 +42,7 @@ def small(little: RuntimeClient) -> Iterator[RuntimeClient]:
     yield little
     for line in little.call("status")["mounted"]:
         if line["kind"] == "kv":
+            little.call("pin", store=line["store"], path=line["cube"], on=False)
             little.call("unmount", store=line["store"], path=line["cube"])
 
 
@@ -111,6 +112,16 @@ def test_a_pin_loads_at_once_and_stays_until_it_is_taken_off(
     for name in "bcdef":
         small.call("mount", **shop.named(name))
     assert tiers_of(small, shop)["a"] == "page cache"
+
+
+def test_a_pinned_cube_leaves_a_session_and_not_the_model(small: RuntimeClient, shop: Shop) -> None:
+    small.call("encode", **shop.cube("a", prose(60)))
+    small.call("pin", **shop.named("a"))
+    small.call("mount", **shop.named("a"))
+    assert small.call("unmount", **shop.named("a")) == {"unmounted": ["a"]}, "from the session"
+    with pytest.raises(NotFound, match="memfs pin --off"):
+        small.call("unmount", **shop.named("a"))
+    assert tiers_of(small, shop)["a"] == "device"
 
 
 def test_pins_never_take_the_whole_budget(small: RuntimeClient, shop: Shop) -> None:

@@ -84,7 +84,7 @@ class Asking:
             )
             key = None
             if entries and len(entries) == len(parts):
-                key, whole.lent, whole.lent_as = mounted.lend(entries)
+                key, whole.lent, whole.lent_as = mounted.placed.lend(entries)
             job = self._worker.submit(answer(mounted.resident, whole), Priority.ANSWER)
             try:
                 async for event in job:
@@ -138,7 +138,7 @@ class Asking:
         mounted = self._mounted
         if key:
             if done.placed is not None and mounted.residency.peek(key) is None:
-                await mounted.keep_placed(key, done.placed, done.report["composed"])
+                mounted.placed.keep(key, done.placed, done.report["composed"])
             self._joints.soon(key, entries)
         self._making.publish_later(caller, [entry.value for entry in entries])
         for cube, line in zip(named, done.report["cubes"], strict=True):

@@ -9,8 +9,10 @@ loop; ``joint`` runs in the model's thread.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Generator, Sequence
 
+from memfs.errors import MemfsError
 from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
 from memfs.runtime.mounting.memory import Memory
@@ -18,6 +20,8 @@ from memfs.runtime.mounting.mounted import Mounted
 from memfs.runtime.mounting.preparing import IDLE_SECONDS
 from memfs.runtime.mounting.residency import Entry
 from memfs.runtime.worker import Priority, Worker
+
+log = logging.getLogger("memfs.runtime")
 
 EXACT = "exact"
 
@@ -63,7 +67,9 @@ class Joints:
 
     async def _make(self, placed: Entry[Memory], cubes: list[Entry[Memory]]) -> None:
         await asyncio.sleep(IDLE_SECONDS)
-        memory = placed.value
+        memory, residency = placed.value, self._mounted.residency
+        if residency.used_bytes + memory.nbytes > residency.budget_bytes:
+            return  # both are there until one takes the place of the other
         ids = [cube.value.ids for cube in cubes]
         steps = joint(self._mounted.resident, ids, memory.cache.capacity)
         job = self._worker.submit(steps, Priority.JOINT)
@@ -72,6 +78,8 @@ class Joints:
                 if not self._all_there([placed, *cubes]):
                     return
                 memory.joint = done
+        except MemfsError as e:
+            log.debug("several cubes stay composed: %s", e)
         finally:
             job.cancel()
             memory.joint = None

@@ -132,6 +132,7 @@ class Encodings:
             shared.listeners.discard(queue)
             if not shared.listeners:
                 shared.task.cancel()
+                self._forget(key, shared.listeners)  # who comes now starts another
 
     def _start(self, key: str, work: Callable[[Tell], Awaitable[dict[str, Any]]]) -> _Shared:
         listeners: set[asyncio.Queue[dict[str, Any] | None]] = set()
@@ -144,6 +145,11 @@ class Encodings:
             try:
                 return await work(tell)
             finally:
-                del self._running[key]
+                self._forget(key, listeners)
 
         return _Shared(asyncio.create_task(whole()), listeners)
+
+    def _forget(self, key: str, listeners: set[asyncio.Queue[dict[str, Any] | None]]) -> None:
+        shared = self._running.get(key)
+        if shared is not None and shared.listeners is listeners:
+            del self._running[key]

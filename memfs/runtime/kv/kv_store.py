@@ -219,6 +219,8 @@ def _read_through_pinned(fd: int, header: Header, cache: KVCache) -> None:
     size = (2, shape.kv_heads, header.tokens, shape.head_dim)
     rows = slice(cache.length, cache.length + header.tokens)
     stream = torch.cuda.Stream(shape.device)
+    # A forward that is queued may still write to what was its memory and is this cache's now.
+    stream.wait_stream(torch.cuda.current_stream(shape.device))
     with _pinned.lock, torch.cuda.stream(stream):
         if header.storage == "int8":  # computed from there, one layer after another in the stream
             there = torch.empty(nbytes, dtype=torch.uint8, device=shape.device)

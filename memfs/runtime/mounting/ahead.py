@@ -9,6 +9,7 @@ the user whose act it was. Belongs to the service's event loop; reading is in th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 
@@ -88,7 +89,8 @@ class Ahead:
             nbytes: int = await mounted.in_io(_started, files, left)
             if nbytes:
                 self._count(cube)
-                await mounted.load_ahead(files)
+                with contextlib.suppress(MemfsError):  # no room: it is in the page cache
+                    await mounted.load_ahead(files)
         return nbytes
 
     def _count(self, cube: Cube) -> None:

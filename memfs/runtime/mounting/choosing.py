@@ -3,8 +3,8 @@
 They are there already; or they are loaded from the cube's file; or, where that takes longer than
 computing them, prefilled from its text. A file that does not fit the text or the model is made
 again: what is unchanged of an earlier one of this model's is kept, the rest is prefilled. Whichever
-it is, the rows are the same bits, so no answer depends on it. Used by the asks, in the service's
-event loop.
+it is, rows of exact storage are the same bits, so no answer depends on it. Used by the asks, in the
+service's event loop.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Host:
                 self.residency.make_room(copied.nbytes)  # another may have come in meanwhile
             except (OverBudget, OutOfMemory):
                 continue
-            self.residency.add(entry.key, replace(memory, cache=copied), entry.tokens)
+            self.residency.add(entry.key, memory.copied_to(copied), entry.tokens)
             self.residency.use(entry.key)
 
 
@@ -75,6 +75,7 @@ def _filled(target: KVCache, source: KVCache) -> KVCache:
         target.append(source)
         return target
     stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # what had the target's memory before
     with torch.cuda.stream(stream):
         target.append(source)
     stream.synchronize()

@@ -6,7 +6,7 @@ Used by the tiers that hold it (``mounted``, ``host``). What looks at files bloc
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memfs.errors import InvalidRequest, NotFound
 from memfs.runtime.cubes import Cube, Files, Signature
@@ -27,6 +27,8 @@ class Memory:
     payload_signature: Signature | None
     kv_signature: Signature | None
     """Of its file; where these rows are in no file, of the one that they take the place of."""
+    computed: bool = False
+    """Whether these rows were computed here, of this very text."""
     unpublished: Encoded | None = None
     """What is to be written to the file, where that does not hold these rows."""
     pinned: bool = False
@@ -37,6 +39,18 @@ class Memory:
     """How several were put together: by which policy, or ``exact``; None for one."""
     joint: float | None = None
     """The share that is done of what will make it exact; None where that is not under way."""
+
+    @property
+    def rows(self) -> str:
+        """Names these rows among those of a cube: by the text that they are of, and by whether it
+        is known that they are. Who may write a file may have put other rows beside the same text.
+        """
+        return f"{self.payload_sha256}\0{'computed' if self.computed else self.kv_signature}"
+
+    def copied_to(self, cache: KVCache) -> Memory:
+        """The same in another cache, which holds a copy of the rows."""
+        unpublished = self.unpublished and replace(self.unpublished, cache=cache)
+        return replace(self, cache=cache, unpublished=unpublished)
 
     @property
     def nbytes(self) -> int:

@@ -26,11 +26,11 @@ from memfs.errors import MemfsError, NotAllowed, OutOfMemory, OverBudget, Refuse
 from memfs.runtime.cubes import Cube, Files, Text
 from memfs.runtime.kv import kv_store
 from memfs.runtime.kv.encoding import Encoded
-from memfs.runtime.model.kv_cache import KVCache
 from memfs.runtime.model.resident import Resident
 from memfs.runtime.model.spare import spare
 from memfs.runtime.mounting.host import Host, to_device
 from memfs.runtime.mounting.memory import Memory
+from memfs.runtime.mounting.placed import Placed
 from memfs.runtime.mounting.residency import Entry, Residency
 from memfs.runtime.shortage import telling
 
@@ -61,6 +61,7 @@ class Mounted:
         self.resident = resident
         self.host = host
         self.residency: Residency[Memory] = Residency(budget_bytes)
+        self.placed = Placed(self.residency, resident.base)
         self.refusals: deque[dict[str, Any]] = deque(maxlen=20)
         self._sessions: dict[int, dict[str, Cube]] = {}
         self._known: OrderedDict[str, Cube] = OrderedDict()
@@ -101,13 +102,14 @@ class Mounted:
         """
         entry = await self.load(files, uid)
         self.residency.pin(entry)
+        entry.value.pinned = True
         return entry
 
     def unpin(self, cube: Cube) -> None:
         """It may be evicted again."""
         entry = self.residency.peek(cube.key)
         if entry is not None:
-            entry.pinned = False
+            entry.pinned = entry.value.pinned = False
 
     async def load(self, files: Files, uid: int) -> Entry[Memory]:
         """The resident KV cache of a cube, read and checked in full unless it is there already.
@@ -137,7 +139,7 @@ class Mounted:
             entry = self.residency.peek(key)
             if entry and not await self.in_io(entry.value.unchanged, files):
                 self._drop(key, "its files changed")
-                entry = None
+            entry = self.residency.peek(key)  # it may have had to go while it was looked at
             yield entry or await self._from_host(files, uid)
 
     def is_held(self, cube: Cube) -> bool:
@@ -170,7 +172,7 @@ class Mounted:
         nbytes = (rows.length + kv_store.ROOM) * shape.token_bytes
         await self._make_room(nbytes)
         cache = await self._with_room(nbytes, partial(to_device, rows, shape, kv_store.ROOM))
-        memory = replace(kept.value, cube=files.cube, cache=cache, pinned=False)
+        memory = replace(kept.value.copied_to(cache), cube=files.cube, pinned=False)
         return await self._put(files, uid, memory)
 
     async def read(
@@ -201,7 +203,9 @@ class Mounted:
         Raises OverBudget.
         """
         made_of = (text.sha256, text.signature, files.open_kv()[1])
-        memory = Memory(files.cube, made.cache, array("i", made.ids), *made_of, storage="exact")
+        memory = Memory(
+            files.cube, made.cache, array("i", made.ids), *made_of, computed=True, storage="exact"
+        )
         memory.unpublished = None if published else made
         return await self._put(files, uid, memory)
 
@@ -217,49 +221,18 @@ class Mounted:
         self._follow_header(entry, pinned, uid)
         return entry
 
-    def lend(self, entries: list[Entry[Memory]]) -> tuple[str | None, KVCache | None, str | None]:
-        """Lends an answer a cache to write behind: of its only memory, or of all placed together.
-
-        Args:
-            entries: the caches that all memories of a question are in, each in use once by it; the
-                one that is lent of several together is added.
-
-        Returns:
-            The key of several together; the cache, without room behind it where another answer is
-            writing there, None where there is none; and how several were put together.
-        """
-        if len(entries) == 1:
-            return None, entries[0].value.cache if entries[0].users == 1 else None, None
-        # These very files: whoever may read the same text may have put other rows beside it.
-        key = "placed\0" + "\0".join(f"{e.key}\0{e.value.kv_signature}" for e in entries)
-        found = self.residency.use(key)
-        if found is None:
-            return key, None, None
-        found.users += 1
-        entries.append(found)
-        cache = found.value.cache if found.users == 1 else found.value.cache.filled()
-        return key, cache, found.value.composed
-
-    async def keep_placed(self, key: str, cache: KVCache, composed: str) -> None:
-        """Keeps several cubes as they were placed, where there is room, for the next question."""
-        try:
-            await self._make_room(cache.nbytes)
-        except MemfsError:
-            return  # an answer does not fail because its way there cannot be kept
-        if self.residency.peek(key) is not None:
-            return
-        memory = Memory(None, cache, array("i"), key, None, None, composed=composed)
-        self.residency.add(key, memory, cache.length - self.resident.base)
-
     def join(self, cube: Cube, uid: int, entry: Entry[Memory]) -> None:
         """Makes a resident cube part of a user's session."""
         self._sessions.setdefault(uid, {})[cube.key] = cube
         self.announce("mounted", cube, uid=uid, tokens=entry.tokens, bytes=entry.value.nbytes)
 
     def unmount(self, cube: Cube, uid: int) -> bool:
-        """Takes a cube out of a user's session, and out of the model if that was the last one."""
+        """Takes a cube out of a user's session, and out of the model if that was the last one and
+        its header does not pin it. Whether there was anything to take out."""
         was_there = self._sessions.get(uid, {}).pop(cube.key, None) is not None
-        if not any(cube.key in session for session in self._sessions.values()):
+        entry = self.residency.peek(cube.key)
+        stays = entry is not None and entry.pinned and entry.value.pinned
+        if not stays and not any(cube.key in session for session in self._sessions.values()):
             was_there = self._drop(cube.key, "unmounted") or was_there
         elif was_there:
             self.announce("unmounted", cube, uid=uid, reason="unmounted")
@@ -405,9 +378,10 @@ class Mounted:
             self._known.popitem(last=False)
 
     def _drop(self, key: str, reason: str) -> bool:
-        """Takes an entry out of the model, and out of host memory."""
+        """Takes a cube out of the model and out of host memory, and what it was placed in."""
         if self.host is not None:
             self.host.residency.remove(key)
+        self.placed.drop_with(key)
         entry = self.residency.remove(key)
         if entry is not None:
             self._announce_gone(entry, reason)
