@@ -31,6 +31,7 @@ kept of a run; without it a table in Markdown is printed.
 KINDS = {
     "ttft": "time to first token: the text prefilled, its KV cache from the file, and resident",
     "mount": "KV caches from each tier into the model, beside a plain copy of their bytes",
+    "choice": "whether mounting ever makes a question slower than its text does",
     "compose": "several cubes put together: how close to the prefill of all texts, at what cost",
     "decode": "the time of each token after the first, and that of transformers' own generate",
     "clients": "tokens a second of several clients that ask at once",
@@ -55,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
         )
         kind.add_arguments(sub)
-        sub.add_argument("--runs", type=int, default=5, metavar="N", help="counted runs (5)")
+        sub.add_argument(
+            "--runs", type=harness.number, default=5, metavar="N", help="counted runs (5)"
+        )
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         sub.set_defaults(what=name)
 

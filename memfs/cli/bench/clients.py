@@ -38,9 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="that ask at once, the first to compare with (1,2,4,8)",
     )
-    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="of each memory (512)")
     parser.add_argument(
-        "--answer", type=int, default=64, metavar="N", help="tokens of each answer, at most (64)"
+        "--tokens", type=harness.number, default=512, metavar="N", help="of each memory (512)"
+    )
+    parser.add_argument(
+        "--answer",
+        type=harness.number,
+        default=64,
+        metavar="N",
+        help="tokens of each answer, at most (64)",
     )
     targets.add_model_arguments(parser)
 

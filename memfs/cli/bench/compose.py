@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as compose in the configuration, to be compared (%(default)s)",
     )
     parser.add_argument(
-        "--questions", type=int, default=10, metavar="N", help="about each document (10)"
+        "--questions", type=harness.number, default=10, metavar="N", help="about each document (10)"
     )
     targets.add_model_arguments(parser)
 

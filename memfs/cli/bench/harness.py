@@ -59,7 +59,15 @@ def heading(facts: Facts) -> str:
 
 def numbers(text: str) -> list[int]:
     """The type of an argument such as ``--tokens 256,1024``."""
-    return [int(part) for part in text.split(",")]
+    return [number(part) for part in text.split(",")]
+
+
+def number(text: str) -> int:
+    """The type of an argument that counts: 1 at least."""
+    found = int(text)
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{found} is less than 1")
+    return found
 
 
 def config_of(args: argparse.Namespace) -> Config:

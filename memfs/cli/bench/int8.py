@@ -26,7 +26,7 @@ the model's own rounding does to the same measures, with nothing stored at all.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents",
-        type=int,
+        type=harness.number,
         default=8,
         metavar="N",
         help="invented ones, with five questions to each (8)",

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from memfs.config import Config
+from memfs.errors import TooLong
 from memfs.runtime.kv import kv_store
 from memfs.runtime.measure.spread import spread
 from memfs.runtime.model import attention
@@ -62,6 +63,8 @@ def _run(resident: Resident, length: int) -> dict[str, float]:
     engine = resident.engine
     memory = [token % 1000 + 100 for token in range(length)]  # what they are does not matter
     question = resident.prompt.question("What did the keeper write?", bare=False)
+    if resident.base + length + len(question) + ANSWER > resident.context:
+        raise TooLong(f"{length} tokens with a question and an answer, of {resident.context}")
     prompt = engine.new_cache(resident.base + length + len(question) + ANSWER)
     prompt.append(resident.preamble)
     deque(engine.prefill(prompt, memory), maxlen=0)

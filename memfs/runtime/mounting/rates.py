@@ -14,8 +14,9 @@ from memfs.runtime.mounting.page_cache import missing_share
 
 WEIGHT = 0.25
 """Of the newest in an exponential average."""
-MARGIN = 0.8
-"""Prefilling must take less than this share of loading to be chosen: estimates are that good."""
+MARGIN = 0.98
+"""Prefilling must take less than this share of loading to be chosen: mounting is to be no more than
+2% slower than that."""
 DOUBT = 0.95
 """What is left of a correction each time that it keeps from loading: it may hold no longer."""
 IN_CACHE = 1 / 16
