@@ -13,21 +13,22 @@ def llama(directory: Path, tokenizer_from: Path) -> Path:
     """A Llama of two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_sizes(tokenizer_from, layers=2, heads=4, kv_heads=2, head_dim=16))
-    return _saved(LlamaForCausalLM, config, tokenizer_from, directory)
+    config = LlamaConfig(**sizes(tokenizer_from, layers=2, heads=4, kv_heads=2, head_dim=16))
+    return saved(LlamaForCausalLM, config, tokenizer_from, directory)
 
 
 def qwen3(directory: Path, tokenizer_from: Path) -> Path:
     """A Qwen3 of three layers: norms on queries and keys, heads wider than hidden / heads."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(**_sizes(tokenizer_from, layers=3, heads=6, kv_heads=3, head_dim=32))
-    return _saved(Qwen3ForCausalLM, config, tokenizer_from, directory)
+    config = Qwen3Config(**sizes(tokenizer_from, layers=3, heads=6, kv_heads=3, head_dim=32))
+    return saved(Qwen3ForCausalLM, config, tokenizer_from, directory)
 
 
-def _sizes(
+def sizes(
     tokenizer_from: Path, *, layers: int, heads: int, kv_heads: int, head_dim: int
 ) -> dict[str, Any]:
+    """What the configuration of a small model says."""
     from transformers import AutoConfig
 
     whole = AutoConfig.from_pretrained(tokenizer_from)
@@ -49,7 +50,8 @@ def _sizes(
     }
 
 
-def _saved(model_class: type, config: object, tokenizer_from: Path, directory: Path) -> Path:
+def saved(model_class: type, config: object, tokenizer_from: Path, directory: Path) -> Path:
+    """A model with random weights, the same each time, saved in ``directory``."""
     import torch
 
     with torch.random.fork_rng():

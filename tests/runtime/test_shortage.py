@@ -19,6 +19,7 @@ from memfs.errors import OutOfMemory
 from memfs.runtime.client import RuntimeClient
 from memfs.runtime.mounting.residency import Residency
 from memfs.runtime.shortage import shortage, telling
+from tests import tiny
 
 from .conftest import Shop, ask, daemon, how, prose
 
@@ -110,13 +111,11 @@ def wide_config(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactor
     own, which goes back to the system when it is freed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.conftest import _saved, _sizes
-
-    sizes = _sizes(
+    sizes = tiny.sizes(
         default_model_dir, layers=LAYERS, heads=KV_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM
     )
     directory = tmp_path_factory.mktemp("wide")
-    _saved(LlamaForCausalLM, LlamaConfig(**sizes), default_model_dir, directory)
+    tiny.saved(LlamaForCausalLM, LlamaConfig(**sizes), default_model_dir, directory)
     return Config(model=str(directory), device="cpu", dtype="float32", threads=1)
 
 
