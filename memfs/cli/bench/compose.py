@@ -46,8 +46,8 @@ def measure(args: argparse.Namespace, say: Say) -> Facts:
     from memfs.runtime.measure.composing import compositions  # torch
 
     policies = [Policy.parse(text) for text in args.policies.split(",")]
-    if min(args.cubes) < 2 or args.questions < 1:
-        raise InvalidRequest("--cubes are 2 or more at a time, and --questions 1 or more")
+    if min(args.cubes) < 2:
+        raise InvalidRequest("--cubes are 2 or more at a time")
     config = harness.config_of(args)
     directory = harness.model_directory(config, say)
     lines = compositions(directory, config, args.cubes, policies, args.questions, args.runs, say)

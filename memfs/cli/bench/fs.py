@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memfs.cli.bench import harness
 from memfs.cli.bench.harness import Facts, Say
 from memfs.errors import MountFailed, NotFound
 from memfs.filesystem import libfuse
@@ -76,7 +75,7 @@ MEASURES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--files", type=harness.number, default=100_000, metavar="N", help="that find sees (100000)"
+        "--files", type=int, default=100_000, metavar="N", help="that find sees (100000)"
     )
     parser.add_argument("--dir", help="on the disk to be measured (where temporary files go)")
     parser.add_argument(

@@ -81,3 +81,10 @@ def test_a_runtime_of_the_benchs_own_leaves_the_environment(tiny_model_dir: Path
         assert os.environ["XDG_RUNTIME_DIR"] != before
         assert client.call("status")["state"] == "ready"
     assert os.environ["XDG_RUNTIME_DIR"] == before
+
+
+@pytest.mark.parametrize("words", [["clients", "--clients", "0"], ["ttft", "--tokens", "64,-1"]])
+def test_what_counts_is_one_at_least(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *words])
+    assert "is less than 1" in capsys.readouterr().err
