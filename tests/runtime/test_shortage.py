@@ -126,13 +126,25 @@ def wide(wide_config: Config) -> Iterator[RuntimeClient]:
 
 
 @contextlib.contextmanager
-def only(pid: int, more: int) -> Iterator[None]:
-    """A process may have ``more`` bytes of memory than it has, and none beyond."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+def only(client: RuntimeClient, large: dict[str, str], more: int) -> Iterator[None]:
+    """A runtime may have ``more`` bytes of memory than it has, and none beyond.
+
+    Nor has it any ready for the next mount: it gives that back, for good, when it has too little to
+    encode ``large``.
+    """
+    pid = client.call("status")["pid"]
     before = resource.prlimit(pid, resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + more
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit, before[1]))
+
+    def limit(more: int) -> None:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        wanted = pages * resource.getpagesize() + more
+        resource.prlimit(pid, resource.RLIMIT_AS, (wanted, before[1]))
+
     try:
+        limit(8 << 20)
+        with pytest.raises(OutOfMemory):
+            client.call("encode", **large, force=True)
+        limit(more)
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_AS, before)
@@ -147,12 +159,9 @@ def test_without_memory_it_says_so_and_serves_the_next(wide: RuntimeClient, shop
     nbytes = shop.kv("long").stat().st_size
     assert nbytes > 80 << 20
     assert rows * TOKEN_BYTES < 2 << 20
-    with only(pid, nbytes // 2):  # what is kept ready for mounts is given back, for good
-        wide.call("mount", **long)
-    wide.call("unmount")
     wide.call("mount", **small, pin=True)
     expected = ask(wide, [small])["answer"]
-    with only(pid, nbytes // 2):
+    with only(wide, long, nbytes // 2):
         for _ in range(2):
             with pytest.raises(OutOfMemory, match="bytes could not be had"):
                 wide.call("mount", **long)
@@ -176,7 +185,7 @@ def test_something_colder_goes_for_what_is_mounted(wide: RuntimeClient, shop: Sh
     for cube in cubes[1:]:
         shutil.copy(shop.kv("0"), shop.kv(cube["path"]))
     status = wide.call("status")
-    with only(status["pid"], 32 << 20):
+    with only(wide, cubes[0], shop.kv("0").stat().st_size * 3 // 2):
         for cube in cubes:
             assert wide.call("mount", **cube)["mounted"]["cube"] == cube["path"]
         there = {line["cube"] for line in wide.call("status")["mounted"]}
