@@ -241,7 +241,7 @@ class Mounted:
     async def recheck(self, cube: Cube) -> None:
         """Unmounts a cube at once where its text or its KV file is no longer the one mounted.
 
-        It stays in the sessions it is in: their next question is answered from its text.
+        It stays in the sessions it is in: their next question makes it again.
         """
         entry = self.residency.peek(cube.key)
         if entry is None:
